@@ -1,0 +1,162 @@
+"""Write a pipeline folder in one piece: whole and on the disk, or not there at all."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ModelMixin, SchedulerMixin
+from torch import nn
+
+from stepdistill.pipelines.image import MODEL_NAMES, ImagePipeline
+from stepdistill.pipelines.literal_grid import LiteralGridScheduler
+from stepdistill.run.errors import UserError
+
+INDEX = "model_index.json"
+
+
+def write_pipeline(
+    out: Path,
+    modules: Sequence[nn.Module],
+    scheduler: Any,
+    *,
+    classes: Sequence[str] | None,
+    null_label: int | None,
+    default_steps: int,
+    default_guidance: float = 1.0,
+    card: str,
+    dtype: torch.dtype | None,
+    overwrite: bool = False,
+) -> Path:
+    """Write networks and scheduler as a folder that plain diffusers loads.
+
+    The folder holds model_index.json, model/ (model_2/ ... for experts) with config and safetensors
+    weights, scheduler/, pipeline.py and README.md. It is built beside ``out`` under a temporary
+    name, flushed to the disk and renamed.
+
+    Args:
+        out: the folder to write.
+        modules: diffusers networks; module i is the scheduler's expert i.
+        scheduler: a :class:`LiteralGridScheduler`, or a stock diffusers scheduler.
+        classes: class names by label, or None.
+        null_label: the label that means "no class", if the networks know one.
+        default_steps: number of steps when none is asked for.
+        default_guidance: guidance scale when none is asked for.
+        card: text of README.md.
+        dtype: dtype of the saved weights; None keeps each network's own.
+        overwrite: replace a pipeline folder that is already there.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        UserError: ``out`` is taken, or networks and scheduler do not fit together.
+    """
+    _refuse_taken(out, overwrite)
+    _check_fit(modules, scheduler, default_steps)
+    if dtype is not None:
+        modules = [nn.Module.to(copy.deepcopy(module), dtype) for module in modules]
+    pipeline = ImagePipeline(
+        scheduler=scheduler,
+        classes=classes,
+        default_steps=default_steps,
+        null_label=null_label,
+        default_guidance=default_guidance,
+        **dict(zip(MODEL_NAMES, modules, strict=False)),
+    )
+    with whole_folder(out) as folder:
+        pipeline.save_pretrained(folder, safe_serialization=True)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        _tidy(folder)
+    return out
+
+
+@contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """A fresh sibling folder that becomes ``out`` when the block ends well, else is removed.
+
+    What was at ``out`` before is put aside until the new folder is in its place.
+    """
+    out = out.absolute()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    mark = secrets.token_hex(4)
+    fresh, aside = (out.with_name(f".{out.name}.{mark}.{kind}") for kind in ("part", "old"))
+    fresh.mkdir()
+    try:
+        yield fresh
+        for path in (*fresh.rglob("*"), fresh):
+            _flush(path)
+        if out.exists():
+            out.rename(aside)
+        try:
+            fresh.rename(out)
+        except OSError:
+            if aside.exists():
+                aside.rename(out)
+            raise
+        _flush(out.parent)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _tidy(folder: Path) -> None:
+    """Take this machine's paths out of the configs and give the weights the other files' mode."""
+    for config in folder.glob("model*/config.json"):
+        entries = json.loads(config.read_text(encoding="utf-8"))
+        entries.pop("_name_or_path", None)
+        config.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
+    for weights in folder.rglob("*.safetensors"):
+        weights.chmod((folder / INDEX).stat().st_mode)
+
+
+def _flush(path: Path) -> None:
+    """Have the disk hold a file's content or a folder's entries."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _refuse_taken(out: Path, overwrite: bool) -> None:
+    """Stop before anything that is not ours to replace is replaced."""
+    if out.is_dir() and not any(out.iterdir()):
+        return
+    if out.exists() and not overwrite:
+        raise UserError(f"{out} exists; choose another folder, or overwrite it explicitly")
+    if out.exists() and not (out / INDEX).is_file():
+        raise UserError(f"{out} is no pipeline folder (no {INDEX}), so it is not overwritten")
+
+
+def _check_fit(modules: Sequence[nn.Module], scheduler: Any, default_steps: int) -> None:
+    """Stop where the folder could be written but not used."""
+    if not 1 <= len(modules) <= len(MODEL_NAMES):
+        raise UserError(f"a pipeline holds 1 to {len(MODEL_NAMES)} networks, not {len(modules)}")
+    for module in modules:
+        stock = type(module).__module__.startswith("diffusers.")
+        if not (stock and isinstance(module, ModelMixin)):
+            raise UserError(
+                f"{type(module).__name__} is no diffusers network, so diffusers cannot load it; "
+                "export a UNet2DModel or a DiTTransformer2DModel"
+            )
+    if not isinstance(scheduler, LiteralGridScheduler):
+        if not isinstance(scheduler, SchedulerMixin):
+            raise UserError(f"{type(scheduler).__name__} is no diffusers scheduler")
+        if len(modules) > 1:
+            raise UserError("several networks need a LiteralGridScheduler, which tells them apart")
+        return
+    grids = scheduler.config.grids
+    if str(default_steps) not in grids:
+        raise UserError(f"default_steps is {default_steps}; grids are {', '.join(grids)}")
+    needed = 1 + max(row["expert"] for rows in grids.values() for row in rows)
+    if needed > len(modules):
+        raise UserError(f"the grid calls {needed} networks, but {len(modules)} were given")

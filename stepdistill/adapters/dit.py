@@ -1,0 +1,34 @@
+"""DiTTransformer2DModel: class labels, with one row of the label table kept for "no class"."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill.adapters.base import Adapter
+
+
+class DiTAdapter(Adapter):
+    """``net(hidden_states, timestep, class_labels)``; the label is mandatory."""
+
+    def __call__(
+        self, call: Callable[..., Any], x: Tensor, time: Tensor, label: Tensor | None
+    ) -> Tensor:
+        """See :meth:`Adapter.__call__`; without labels every sample is of class 0."""
+        if label is None:
+            label = torch.zeros(len(x), dtype=torch.long, device=x.device)
+        out: Tensor = call(x, timestep=time, class_labels=label, return_dict=False)[0]
+        return out
+
+    def sample_shape(self, net: nn.Module) -> tuple[int, ...]:
+        """(C, H, W) from the network's config."""
+        config: Any = net.config
+        return (config.in_channels, config.sample_size, config.sample_size)
+
+    def null_label(self, net: nn.Module) -> int | None:
+        """The row after the last class."""
+        config: Any = net.config
+        return int(config.num_embeds_ada_norm)

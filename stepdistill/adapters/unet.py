@@ -1,0 +1,28 @@
+"""UNet2DModel: unconditional, or with class labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from stepdistill.adapters.base import Adapter
+
+
+class UNetAdapter(Adapter):
+    """``net(sample, timestep, class_labels)``."""
+
+    def __call__(
+        self, call: Callable[..., Any], x: Tensor, time: Tensor, label: Tensor | None
+    ) -> Tensor:
+        """See :meth:`Adapter.__call__`."""
+        out: Tensor = call(x, time, class_labels=label, return_dict=False)[0]
+        return out
+
+    def sample_shape(self, net: nn.Module) -> tuple[int, ...]:
+        """(C, H, W) from the network's config."""
+        config: Any = net.config
+        size = config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return (config.in_channels, height, width)

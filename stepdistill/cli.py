@@ -1,0 +1,240 @@
+"""The command line: thin wrappers that import what they need when they run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stepdistill import __version__
+
+app = typer.Typer(
+    name="stepdistill",
+    help="Distil many-step diffusion and flow models into few-step ones.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Config = Annotated[str, typer.Argument(help="a config file, or the name of an installed one")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="key.sub=value, over what the file says")
+]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="folder for pipelines, results and report")] = Path(
+        "out/demo"
+    ),
+    num: Annotated[int, typer.Option(help="samples of each evaluation", min=100)] = 2000,
+    method: Annotated[
+        list[str] | None, typer.Option(help="only these methods (may be repeated)")
+    ] = None,
+) -> None:
+    """Distil the shipped digits teacher by every method, export, evaluate, write a report."""
+    from stepdistill.commands.demo import demo as run
+
+    run(out, num=num, methods=method)
+
+
+@app.command()
+def teacher(config: Config, overrides: Overrides = None) -> None:
+    """Train a many-step teacher from scratch; it is saved as RUN/pipeline."""
+    from stepdistill.commands.teacher import teacher as run
+
+    print(run(config, overrides or ()))
+
+
+@app.command()
+def pairs(config: Config, overrides: Overrides = None) -> None:
+    """Make the pairs of noise and image that a reflow config trains on."""
+    from stepdistill.commands.pairs import pairs as run
+
+    print(run(config, overrides or ()))
+
+
+@app.command()
+def train(config: Config, overrides: Overrides = None) -> None:
+    """Distil a teacher as a config says; also by `accelerate launch -m stepdistill train ...`."""
+    from stepdistill.commands.train import train as run
+
+    print(run(config, overrides or ()))
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="folder of a finished run")],
+    out: Annotated[Path, typer.Option(help="folder of the pipeline")],
+    steps: Annotated[int | None, typer.Option(help="steps when a user asks for none")] = None,
+    overwrite: Annotated[bool, typer.Option(help="replace a pipeline that is there")] = False,
+) -> None:
+    """Write a run's student as a diffusers pipeline and prove that it draws the same."""
+    from stepdistill.commands.export import export as write
+
+    difference = write(run, out, steps=steps, overwrite=overwrite)
+    print(f"{out}: loads in plain diffusers; largest difference {difference:.2g}")
+
+
+@app.command()
+def sample(
+    pipeline: Annotated[str, typer.Argument(help="a pipeline folder or hub name")],
+    out: Annotated[Path, typer.Option(help="folder for the images")],
+    steps: Annotated[int, typer.Option(help="sampling steps", min=1)] = 4,
+    num: Annotated[int, typer.Option(help="number of images", min=1)] = 16,
+    seed: Annotated[int, typer.Option(help="seed; image i depends on it and on i alone")] = 0,
+    guidance: Annotated[float | None, typer.Option(help="classifier-free guidance")] = None,
+    batch_size: Annotated[int, typer.Option(help="images a call", min=1)] = 250,
+    overwrite: Annotated[bool, typer.Option(help="replace images that are there")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option(help="run the pipeline file that travels in the folder")
+    ] = False,
+) -> None:
+    """Draw images from any diffusers pipeline, with a grid of them."""
+    from stepdistill.commands.sample import sample as run
+
+    options = {} if guidance is None else {"guidance_scale": guidance}
+    run(
+        pipeline,
+        out,
+        steps=steps,
+        num=num,
+        seed=seed,
+        batch_size=batch_size,
+        overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
+        options=options,
+    )
+
+
+@app.command()
+def eval(  # noqa: A001
+    target: Annotated[str, typer.Argument(help="a pipeline folder, hub name or image folder")],
+    reference: Annotated[str, typer.Option(help="digits, or a folder of real images")] = "digits",
+    steps: Annotated[str, typer.Option(help="numbers of steps, as 1,2,4")] = "1,2,4",
+    num: Annotated[int, typer.Option(help="samples of each evaluation", min=2)] = 2000,
+    metrics: Annotated[
+        str, typer.Option(help="of fd, kid, pr, diversity, fid, clip")
+    ] = "fd,kid,diversity",
+    features: Annotated[
+        str | None, typer.Option(help="feature space: digits, pixels or inception")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="seed of the samples")] = 0,
+    teacher: Annotated[
+        str | None, typer.Option(help="teacher for the rows beside; the card's own if left out")
+    ] = None,
+    teacher_steps: Annotated[int, typer.Option(help="the teacher's many steps", min=1)] = 32,
+    batch_size: Annotated[int, typer.Option(help="images a call", min=1)] = 250,
+    json: Annotated[Path | None, typer.Option(help="write the rows to this file")] = None,
+    overwrite: Annotated[bool, typer.Option(help="replace the json file")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option(help="run the pipeline file that travels in the folder")
+    ] = False,
+) -> None:
+    """Figures of a pipeline or image folder, the teacher's row beside each."""
+    from stepdistill.commands.evaluate import evaluate_command
+
+    evaluate_command(
+        target,
+        reference=reference,
+        steps=steps,
+        num=num,
+        metrics=metrics,
+        features=features,
+        seed=seed,
+        teacher=teacher,
+        teacher_steps=teacher_steps,
+        batch_size=batch_size,
+        json_file=json,
+        overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+@app.command()
+def bench(
+    what: Annotated[str, typer.Argument(help="step")],
+    config: Config,
+    overrides: Overrides = None,
+    rounds: Annotated[int, typer.Option(help="interleaved rounds", min=3)] = 20,
+    threads: Annotated[int, typer.Option(help="CPU threads; one is the steadiest", min=1)] = 1,
+) -> None:
+    """Time a training step against the bare network passes that it needs."""
+    from stepdistill.commands.bench import run
+
+    run(what, config, overrides or (), rounds=rounds, threads=threads)
+
+
+@app.command()
+def methods() -> None:
+    """List the methods."""
+    from stepdistill.commands.methods import methods as run
+
+    run()
+
+
+@app.command()
+def schema(method: Annotated[str, typer.Argument(help="a method")]) -> None:
+    """Print the JSON schema of a method's config, by which editors complete it."""
+    from stepdistill.commands.methods import schema as run
+
+    print(run(method))
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine has and what will not work on it."""
+    from stepdistill.commands.doctor import doctor as run
+
+    raise typer.Exit(run())
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"stepdistill {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print and leave")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> int:
+    """Run the command line; 0 done, 1 a check fell short, 2 bad input, 130 and 143 on signals."""
+    return guarded(lambda: app(standalone_mode=True))
+
+
+def guarded(call: Callable[[], object]) -> int:
+    """Turn a user's mistake into one line on stderr and an exit code."""
+    try:
+        call()
+    except SystemExit as leave:
+        return leave.code if isinstance(leave.code, int) else int(leave.code is not None)
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:  # noqa: BLE001
+        code = exit_code(error)
+        if code is None:
+            raise
+        print(f"stepdistill: {error}", file=sys.stderr)
+        return code
+    return 0
+
+
+def exit_code(error: Exception) -> int | None:
+    """The exit code of an error that is no fault of the program, by its class."""
+    from stepdistill.run.errors import CheckFailed, Stopped, UserError
+
+    if isinstance(error, Stopped):
+        return error.code
+    if isinstance(error, CheckFailed):
+        return 1
+    return 2 if isinstance(error, UserError) else None

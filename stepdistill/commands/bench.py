@@ -1,0 +1,209 @@
+"""bench step: what a training step costs beside the network passes that it cannot do without.
+
+All parts are timed in turn within one process, round by round, so that a machine whose speed
+drifts slows them alike; medians and their ratio are what counts.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from stepdistill.commands.read import read_config
+from stepdistill.commands.train import Source
+from stepdistill.commands.watch import Watch
+from stepdistill.data.batch import Batch
+from stepdistill.run.assets import load_teacher
+from stepdistill.run.errors import UserError
+from stepdistill.run.health import Health
+from stepdistill.run.log import Log, Meter, peak_memory_bytes
+from stepdistill.run.memory import keep_freed_memory
+from stepdistill.run.player import Player
+from stepdistill.run.ranks import Processes
+from stepdistill.run.rng import Rng
+from stepdistill.trainers.base import Pass, Trainer
+
+WARMUP = 3
+
+
+def run(
+    what: str, config: str, overrides: Sequence[str], *, rounds: int, threads: int
+) -> dict[str, float]:
+    """Time a config's step and its parts, print the table, return the medians in seconds.
+
+    Raises:
+        UserError: bad input.
+    """
+    if what != "step":
+        raise UserError(f"bench {what}: known is step")
+    torch.set_num_threads(threads)
+    keep_freed_memory()
+    cls, settings = read_config(config, overrides)
+    with TemporaryDirectory() as folder:
+        settings.run = settings.run if settings.run.exists() else Path(folder)
+        processes = Processes(settings.precision, settings.device, settings.compile)
+        teacher = load_teacher(settings.teacher, processes.device)
+        trainer = cls(settings, teacher, wrap=processes.wrap, autocast=processes.autocast)
+        medians, spread = measure(trainer, processes, rounds)
+    show(trainer, medians, spread, threads)
+    return medians
+
+
+def measure(
+    trainer: Trainer, processes: Processes, rounds: int
+) -> tuple[dict[str, float], tuple[float, float]]:
+    """Median seconds of every part, and the lowest and highest ratio of the middle half."""
+    batches = Source(trainer, processes, Watch(trainer.config)).batches(0)
+    batch = next(batches)
+    health, meter = Health(), Meter()
+    with TemporaryDirectory() as folder:
+        log = Log(Path(folder), tensorboard=False)
+        steps = iter(range(10**9))
+
+        def whole() -> None:
+            step = next(steps)
+            meter.add(trainer.step(step, next(batches)))
+            health.note(trainer.players.values(), step)
+            if (step + 1) % trainer.config.log.every_steps == 0:
+                names, values = meter.means()
+                log.row(step, {"losses": dict(zip(names, values.tolist(), strict=True))})
+
+        parts: dict[str, Callable[[], object]] = {"step": whole}
+        passes = trainer.passes()
+        for i, item in enumerate(passes):
+            parts[f"pass {i}"] = bare(trainer, item, batch)
+        for name, player in trainer.players.items():
+            parts[f"optimizer {name}"] = player.optimizer.step
+            parts[f"clip, check, ema {name}"] = around(player)
+        parts["data"] = lambda: next(batches)
+        times = timed(parts, rounds, trainer)
+        log.close()
+    scale = {f"pass {i}": item.count for i, item in enumerate(passes)}
+    scale |= {name: 1.0 for name in parts if name not in scale}
+    for name, turns in turns_of(trainer).items():
+        scale[f"optimizer {name}"] = turns
+        scale[f"clip, check, ema {name}"] = turns
+    scaled = {name: [v * scale[name] for v in row] for name, row in times.items()}
+    needed = [n for n in parts if n.startswith(("pass", "optimizer"))]
+    ratios = sorted(
+        scaled["step"][i] / sum(scaled[name][i] for name in needed) for i in range(rounds)
+    )
+    quarter = rounds // 4
+    medians = {name: statistics.median(row) for name, row in scaled.items()}
+    medians["ratio"] = medians["step"] / sum(medians[name] for name in needed)
+    return medians, (ratios[quarter], ratios[-1 - quarter])
+
+
+def turns_of(trainer: Trainer) -> dict[str, int]:
+    """Updates of each player in a step."""
+    names = [turn.player for turn in trainer.turns(0)]
+    return {name: names.count(name) for name in trainer.players}
+
+
+def timed(
+    parts: dict[str, Callable[[], object]], rounds: int, trainer: Trainer
+) -> dict[str, list[float]]:
+    """Seconds of every part in every round, in turn, after a warm-up."""
+    out: dict[str, list[float]] = {name: [] for name in parts}
+    cuda = trainer.device.type == "cuda"
+    for i in range(rounds + WARMUP):
+        for name, call in parts.items():
+            if name.startswith(("optimizer", "clip")):
+                give_gradients(trainer.players[name.split()[-1]])
+            if cuda:
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            call()
+            if cuda:
+                torch.cuda.synchronize()
+            if i >= WARMUP:
+                out[name].append(time.perf_counter() - start)
+        for player in trainer.players.values():
+            player.optimizer.zero_grad(set_to_none=True)
+    return out
+
+
+def give_gradients(player: Player) -> None:
+    """Small gradients for an optimizer to work on, so that the weights stay what they are."""
+    for param in player.params:
+        if param.grad is None:
+            param.grad = torch.full_like(param, 1e-12)
+
+
+def bare(trainer: Trainer, item: Pass, batch: Batch) -> Callable[[], None]:
+    """One network pass and nothing else."""
+    den = trainer.teacher if item.role == "teacher" else trainer.denoiser(item.role)
+    z = trainer.z(batch, Rng(trainer.config.seed))
+    t = torch.full((len(z),), 0.5 * trainer.process.t_max, device=z.device)
+    cond = batch.cond
+    if item.batch == 2:
+        z, t, cond = torch.cat([z, z]), torch.cat([t, t]), cond.stack(cond)
+    params = list(den.net.parameters())
+
+    def forward() -> None:
+        with torch.no_grad(), trainer.autocast():
+            den.raw(z, t, cond)
+
+    def train() -> None:
+        for param in params:
+            param.requires_grad_(True)
+        with trainer.autocast():
+            h = den.raw(z, t, cond)
+        h.backward(h.detach())
+        for param in params:
+            param.requires_grad_(False)
+            param.grad = None
+
+    def through() -> None:
+        leaf = z.detach().requires_grad_()
+        with trainer.autocast():
+            h = den.raw(leaf, t, cond)
+        torch.autograd.grad(h, leaf, h.detach())
+
+    return {"forward": forward, "train": train, "input": through}[item.kind]
+
+
+def around(player: Player) -> Callable[[], None]:
+    """What a player's step does besides the optimizer's own."""
+
+    def call() -> None:
+        step, player.optimizer.step = player.optimizer.step, lambda: None  # type: ignore
+        try:
+            player.step()
+        finally:
+            player.optimizer.step = step  # type: ignore[method-assign]
+
+    return call
+
+
+def show(
+    trainer: Trainer, medians: dict[str, float], spread: tuple[float, float], threads: int
+) -> None:
+    """Print the table."""
+    table = Table(title=f"{trainer.config.method}, batch {trainer.config.batch_size}")
+    table.add_column("part")
+    table.add_column("ms a step", justify="right")
+    passes = trainer.passes()
+    for name, seconds in medians.items():
+        if name == "ratio":
+            continue
+        if name.startswith("pass "):
+            item = passes[int(name.split()[1])]
+            twice = " of 2B" if item.batch == 2 else ""
+            name = f"{item.role} {item.kind} x {item.count:g}{twice}"
+        table.add_row(name, f"{1e3 * seconds:.2f}")
+    console = Console()
+    console.print(table)
+    networks = 1 + sum(2 if p.ema else 1 for p in trainer.players.values())
+    console.print(
+        f"step / (passes + optimizers) = {medians['ratio']:.3f} "
+        f"(middle half {spread[0]:.3f} to {spread[1]:.3f}); networks held {networks} "
+        f"(averages counted); peak memory {peak_memory_bytes() / 2**20:.0f} MiB; {threads} thread(s)"
+    )

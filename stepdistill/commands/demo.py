@@ -1,0 +1,209 @@
+"""demo: the main job on real images: distil, export, reload, evaluate, report."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from stepdistill.commands.evaluate import evaluate, open_reference
+from stepdistill.commands.export import export
+from stepdistill.commands.read import read_config
+from stepdistill.commands.report import Curve, Grid, write_report
+from stepdistill.commands.train import fit
+from stepdistill.eval.generate import generate, load_pipeline
+from stepdistill.eval.images import save_grid
+from stepdistill.eval.runner import Reference, Row
+from stepdistill.eval.table import results_table
+from stepdistill.run.assets import teacher_path
+from stepdistill.run.checkpoint import write_text
+from stepdistill.run.errors import CheckFailed, UserError
+
+METHODS = ("sim", "dmd", "phased_dmd", "consistency", "reflow")
+TEACHER, TEACHER_STEPS, SEED = "digits-dit", (1, 2, 4, 32), 0
+STEPS = (1, 2, 4)
+METRICS = ("fd", "kid", "diversity")
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What a row of the demo must reach.
+
+    Args:
+        ratio: largest Frechet distance, in the teacher's at 32 steps.
+        diversity: largest relative change of the diversity against that teacher.
+    """
+
+    ratio: float
+    diversity: float
+
+
+BOUNDS = {
+    ("sim", 1): Bound(1.7, 0.03),
+    ("dmd", 1): Bound(1.9, 0.03),
+    ("consistency", 1): Bound(1.6, 0.08),
+    ("reflow", 1): Bound(5.0, 0.08),
+    ("phased_dmd", 4): Bound(1.2, 0.03),
+    ("consistency", 4): Bound(1.4, 0.08),
+    ("reflow", 4): Bound(2.2, 0.08),
+}
+
+
+def demo(out: Path, *, num: int = 2000, methods: Sequence[str] | None = None) -> None:
+    """Run the demo into ``out``; finished runs in it are kept and only evaluated again.
+
+    Raises:
+        UserError: an unknown method.
+        CheckFailed: a student fell short of what the demo must show.
+    """
+    chosen = list(methods or METHODS)
+    unknown = [name for name in chosen if name not in METHODS]
+    if unknown:
+        raise UserError(f"--method {unknown[0]}: the demo has {', '.join(METHODS)}")
+    began = time.monotonic()
+    out.mkdir(parents=True, exist_ok=True)
+    reference = open_reference("digits", None, METRICS, "cpu")
+    teacher = evaluate(
+        TEACHER,
+        reference,
+        steps=TEACHER_STEPS,
+        num=num,
+        metrics=METRICS,
+        seed=SEED,
+        method="teacher",
+    )
+    rows: list[Row] = []
+    for method in chosen:
+        rows += one_method(out, method, reference, num)
+    everything = [*teacher, *rows]
+    write_text(
+        out / "results.json", json.dumps([row.model_dump() for row in everything], indent=1) + "\n"
+    )
+    Console().print(results_table(rows, teacher))
+    page(out, chosen, everything, num, time.monotonic() - began)
+    print(f"report: {out / 'report.html'}  ({time.monotonic() - began:.0f} s in all)")
+    judge(teacher, rows, full=num >= 2000)
+
+
+def one_method(out: Path, method: str, reference: Reference, num: int) -> list[Row]:
+    """Train, export with its check, and evaluate one method."""
+    run, folder = out / "runs" / method, out / "pipelines" / method
+    print(f"{method}: training", file=sys.stderr, flush=True)
+    cls, config = read_config(
+        f"{method}-digits", [f"run={run}", "resume=auto", "log.tensorboard=false"]
+    )
+    if not (run / "student").is_dir():
+        fit(cls, config)
+    difference = export(run, folder, overwrite=True)
+    print(f"{method}: exported, largest difference {difference:.1g}", file=sys.stderr, flush=True)
+    rows = evaluate(
+        folder,
+        reference,
+        steps=STEPS,
+        num=num,
+        metrics=METRICS,
+        seed=SEED,
+        name=method,
+        method=method,
+        trust_remote_code=True,
+    )
+    seconds = read_log(run)[-1]["seconds"]
+    for row in rows:
+        row.train_seconds = round(seconds, 1)
+    return rows
+
+
+def read_log(run: Path) -> list[dict[str, Any]]:
+    """Rows of a run's log.jsonl."""
+    lines = (run / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def page(out: Path, methods: Sequence[str], rows: Sequence[Row], num: int, seconds: float) -> None:
+    """Write report.html and the picture of all grids, grid.png."""
+    many = next(r for r in rows if r.method == "teacher" and r.steps == max(TEACHER_STEPS))
+    curves = [curve(out / "runs" / method, method, many.fd or 0.0) for method in methods]
+    facts = {
+        "samples of each row": f"{num:,}, seed {SEED}",
+        "versions": ", ".join(f"{p} {version(p)}" for p in ("torch", "diffusers", "stepdistill")),
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, {torch.get_num_threads()} "
+        "threads",
+        "whole demo": f"{seconds:.0f} s",
+        "command": "make demo",
+    }
+    write_report(
+        out / "report.html",
+        title="Few steps instead of thirty-two",
+        intro="A small diffusion transformer that draws handwritten digits in 32 steps, distilled "
+        "by each method into one that needs one to four.",
+        rows=[row.model_dump() for row in rows],
+        grids=grids(out, methods, rows),
+        curves=curves,
+        facts=facts,
+    )
+
+
+def grids(out: Path, methods: Sequence[str], rows: Sequence[Row]) -> list[Grid]:
+    """Forty images of the teacher and of every student, from the same noise."""
+    wanted = [("teacher", teacher_path(TEACHER), n) for n in (1, max(TEACHER_STEPS))]
+    for method in methods:
+        own = sorted(row.steps or 0 for row in rows if row.method == method)
+        picked = sorted({own[0], own[-1]})
+        wanted += [(method, str(out / "pipelines" / method), n) for n in picked]
+    made = []
+    for name, folder, steps in wanted:
+        pipe = load_pipeline(folder, trust_remote_code=True)
+        images = generate(pipe, 40, seed=SEED, steps=steps)
+        path = out / "grids" / f"{name}-{steps}.png"
+        save_grid(images, path, columns=10, overwrite=True)
+        title = f"{name}, {steps} step{'s' if steps > 1 else ''}"
+        made.append(Grid(title=title, caption="", png=path.read_bytes()))
+    return made
+
+
+def curve(run: Path, method: str, teacher_fd: float) -> Curve:
+    """Loss and Frechet distance of a run over its seconds."""
+    loss, fd = [], []
+    for row in read_log(run):
+        if "losses" in row:
+            name = next(n for n in row["losses"] if n.split("/")[1] in ("loss", "gap"))
+            loss.append((row["seconds"], row["losses"][name]))
+        else:
+            fd.append((row["seconds"], next(iter(row["eval"].values()))))
+    return Curve(method=method, loss=loss, fd=fd, teacher_fd=teacher_fd)
+
+
+def judge(teacher: Sequence[Row], rows: Sequence[Row], *, full: bool) -> None:
+    """Hold every row against its bound and against the teacher at the same number of steps.
+
+    Raises:
+        CheckFailed: naming each row that fell short, with its figures.
+    """
+    many = next(row for row in teacher if row.steps == max(TEACHER_STEPS))
+    same = {row.steps: row.fd or 0.0 for row in teacher}
+    short = []
+    for row in rows:
+        fd, spread = row.fd or 0.0, row.diversity or 0.0
+        name = f"{row.method} at {row.steps} steps"
+        if fd > same[row.steps]:
+            short.append(f"{name}: fd {fd:.2f} is worse than the teacher's {same[row.steps]:.2f}")
+        bound = BOUNDS.get((row.method, row.steps or 0), Bound(float("inf"), 0.08))
+        ratio = fd / (many.fd or 1.0)
+        change = abs(spread / (many.diversity or 1.0) - 1)
+        if ratio > bound.ratio:
+            short.append(f"{name}: r {ratio:.2f} > {bound.ratio}")
+        if change > bound.diversity:
+            short.append(f"{name}: diversity off by {change:.1%} > {bound.diversity:.0%}")
+    if short and full:
+        raise CheckFailed("demo: " + "; ".join(short))
+    print("demo: every row reaches its bound" if full else "demo: too few samples to judge")

@@ -1,0 +1,180 @@
+"""eval: figures of a pipeline or of a folder of images, the teacher's rows beside them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from stepdistill.data.images import DataConfig, ImageSet, open_data
+from stepdistill.eval.clip import ClipScorer
+from stepdistill.eval.features import load_features
+from stepdistill.eval.fid import CleanFid
+from stepdistill.eval.generate import generate, load_pipeline
+from stepdistill.eval.images import load_images
+from stepdistill.eval.runner import Reference, Row
+from stepdistill.eval.runner import evaluate as figures_of
+from stepdistill.eval.table import results_table
+from stepdistill.run.assets import teacher_path
+from stepdistill.run.checkpoint import write_text
+from stepdistill.run.errors import UserError
+
+
+def device_of() -> str:
+    """CUDA where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def open_reference(
+    source: str, features: str | None, metrics: Sequence[str], device: str
+) -> Reference:
+    """The real images, their feature space, and Inception where FID is asked for.
+
+    Raises:
+        UserError: no such images, features or weights.
+    """
+    data: ImageSet = open_data(DataConfig(source=source))
+    name = features or ("digits" if source == "digits" else "pixels")
+    extractor = load_features(name, device, shape=data.shape)
+    fid = CleanFid(device=device) if "fid" in metrics else None
+    return Reference(data, extractor, fid=fid)
+
+
+def evaluate(
+    target: str | Path,
+    reference: Reference,
+    *,
+    steps: Sequence[int] = (1, 2, 4),
+    num: int = 2000,
+    metrics: Sequence[str] = ("fd", "kid", "diversity"),
+    seed: int = 0,
+    name: str | None = None,
+    method: str | None = None,
+    batch_size: int = 250,
+    clip: ClipScorer | None = None,
+    trust_remote_code: bool = False,
+) -> list[Row]:
+    """Figures of a pipeline at each number of steps that it has, or of a folder of images.
+
+    Numbers of steps that a few-step student was not trained for are left out; at least one must
+    remain.
+
+    Raises:
+        UserError: bad input.
+    """
+    source = Path(teacher_path(str(target)))
+    title = name or str(target)
+    samples: dict[int | None, Tensor]
+    if source.is_dir() and not (source / "model_index.json").is_file():
+        samples, seen = {None: load_images(source)[:num]}, None
+    else:
+        shipped = str(source) != str(target)
+        pipe = load_pipeline(
+            str(source), trust_remote_code=trust_remote_code or shipped, device=device_of()
+        )
+        chosen = available(pipe, steps, title)
+        samples = {
+            n: generate(pipe, num, seed=seed, steps=n, batch_size=batch_size) for n in chosen
+        }
+        seen = seed
+    return figures_of(
+        samples,
+        reference,
+        model=title,
+        method=method or card_fact(source, "method") or "unknown",
+        seed=seen,
+        metrics=metrics,
+        clip=clip,
+    )
+
+
+def available(pipe: Any, steps: Sequence[int], title: str) -> list[int]:
+    """Those numbers of steps that a pipeline can sample in."""
+    grids = pipe.scheduler.config.get("grids")
+    if not grids:
+        return list(steps)
+    chosen = [n for n in steps if str(n) in grids]
+    if not chosen:
+        known = ", ".join(sorted(grids, key=int))
+        raise UserError(f"steps={','.join(map(str, steps))}: {title} samples in {known} steps")
+    return chosen
+
+
+def card_fact(folder: Path, key: str) -> str | None:
+    """A fact from a model card's table, such as the method or the teacher."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return None
+    match = re.search(rf"^\| {key} \| (.+?) \|$", card.read_text(encoding="utf-8"), re.MULTILINE)
+    return match.group(1) if match else None
+
+
+def evaluate_command(
+    target: str,
+    *,
+    reference: str,
+    steps: str,
+    num: int,
+    metrics: str,
+    features: str | None,
+    seed: int,
+    teacher: str | None,
+    teacher_steps: int,
+    batch_size: int,
+    json_file: Path | None,
+    overwrite: bool,
+    trust_remote_code: bool,
+) -> None:
+    """The `eval` command: print the table, write the rows.
+
+    Raises:
+        UserError: bad input.
+    """
+    if json_file is not None and json_file.exists() and not overwrite:
+        raise UserError(f"{json_file} exists; choose another file or pass --overwrite")
+    wanted = [part.strip() for part in metrics.split(",") if part.strip()]
+    counts = parse_steps(steps)
+    real = open_reference(reference, features, wanted, device_of())
+    clip = ClipScorer(device=device_of()) if "clip" in wanted else None
+    common: dict[str, Any] = {
+        "num": num,
+        "metrics": wanted,
+        "seed": seed,
+        "batch_size": batch_size,
+        "clip": clip,
+        "trust_remote_code": trust_remote_code,
+    }
+    rows = evaluate(target, real, steps=counts, **common)
+    beside = teacher or card_fact(Path(target), "teacher")
+    teacher_rows: list[Row] = []
+    if beside and beside != "none" and beside != target:
+        own = sorted({row.steps for row in rows if row.steps} | {teacher_steps})
+        teacher_rows = evaluate(
+            beside, real, steps=own, name=f"teacher {beside}", method="teacher", **common
+        )
+    Console().print(results_table(rows, teacher_rows))
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        everything = [row.model_dump() for row in [*teacher_rows, *rows]]
+        write_text(json_file, json.dumps(everything, indent=1) + "\n")
+
+
+def parse_steps(text: str) -> list[int]:
+    """Numbers of steps from "1,2,4".
+
+    Raises:
+        UserError: something else.
+    """
+    try:
+        counts = [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UserError(f"--steps {text}: write numbers with commas, as 1,2,4") from error
+    if not counts or min(counts) < 1:
+        raise UserError(f"--steps {text}: steps are 1 or more")
+    return counts

@@ -1,0 +1,180 @@
+"""export: a finished run as a diffusers folder that is proven to load and to draw the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from stepdistill.diffusion.cond import Cond
+from stepdistill.diffusion.denoiser import Denoiser, Experts
+from stepdistill.diffusion.sampler import NoiseSource, sample
+from stepdistill.diffusion.timesteps import Grid
+from stepdistill.pipelines.card import model_card
+from stepdistill.pipelines.folder import write_pipeline
+from stepdistill.pipelines.literal_grid import LiteralGridScheduler
+from stepdistill.pipelines.verify import noise_from_seeds, verify_folder
+from stepdistill.run import config as configs
+from stepdistill.run.assets import load_teacher
+from stepdistill.run.errors import UserError
+from stepdistill.trainers.base import Trainer
+from stepdistill.trainers.find import trainer as find_trainer
+
+SEEDS = tuple(range(8))
+
+
+def export(
+    run: str | Path,
+    out: str | Path,
+    *,
+    steps: int | None = None,
+    overwrite: bool = False,
+    figures: Sequence[dict[str, Any]] = (),
+    tolerance: float = 1e-5,
+) -> float:
+    """Write a run's student as a pipeline folder, reload it in a clean interpreter and compare.
+
+    Args:
+        run: a finished run's folder.
+        out: the folder to write.
+        steps: steps when none are asked for; the most that the student was trained for if None.
+        overwrite: replace a pipeline folder that is there.
+        figures: measured rows for the model card.
+        tolerance: largest difference allowed to the training sampler's images in [0, 1].
+
+    Returns:
+        The largest difference seen.
+
+    Raises:
+        UserError: the run is not finished, or ``out`` is taken.
+        VerificationError: the folder draws other images than the training sampler.
+    """
+    run, out = Path(run), Path(out)
+    trainer = finished(run)
+    den, grids = trainer.best(), trainer.grids()
+    default = steps if steps is not None else default_steps(trainer)
+    if default not in grids:
+        known = ", ".join(map(str, sorted(grids)))
+        raise UserError(f"steps={default}: this student samples in {known} steps")
+    experts = members(den)
+    scheduler = LiteralGridScheduler(
+        grids={str(n): literal_rows(den, grid) for n, grid in grids.items()},
+        noise=trainer.noise,
+        default_steps=default,
+    )
+    write_pipeline(
+        out,
+        [expert.net for expert in experts],
+        scheduler,
+        classes=trainer.teacher.classes or None,
+        null_label=trainer.teacher.null_label,
+        default_steps=default,
+        card=student_card(trainer, scheduler, run, out, figures),
+        dtype=None,
+        overwrite=overwrite,
+    )
+    return check(den, grids, trainer.noise, out, tolerance)
+
+
+def student_card(
+    trainer: Trainer, scheduler: Any, run: Path, out: Path, figures: Sequence[dict[str, Any]]
+) -> str:
+    """The model card of a student."""
+    config = trainer.config
+    return model_card(
+        title=f"{config.method} student of {config.teacher}",
+        folder=str(out),
+        teacher=config.teacher,
+        method=config.method,
+        data=config.data.source if trainer.needs == "data" else "none (the teacher alone)",
+        command=f"stepdistill export {run} --out {out}",
+        default_steps=scheduler.config.default_steps,
+        classes=trainer.teacher.classes or None,
+        grids=scheduler.config.grids,
+        noise=trainer.noise,
+        figures=figures,
+    )
+
+
+def finished(run: Path) -> Trainer:
+    """The trainer of a finished run, with the run's averaged weights.
+
+    Raises:
+        UserError: the folder holds no finished run.
+    """
+    file = run / "config.yaml"
+    if not file.is_file():
+        raise UserError(f"{run}: no config.yaml, so this is no run; give the folder of `run=`")
+    if not (run / "student").is_dir():
+        raise UserError(f"{run}: the run is not finished; `stepdistill train ... resume=auto`")
+    raw = configs.Raw(yaml.safe_load(file.read_text(encoding="utf-8")), {"": str(file)})
+    cls = find_trainer(raw.values["method"])
+    config = configs.validate(raw, cls.Config)
+    trainer = cls(config, load_teacher(config.teacher))
+    trainer.prepare(config.steps)
+    for name, player in trainer.players.items():
+        if name.startswith("student"):
+            net: Any = type(player.denoiser.net)
+            loaded = net.from_pretrained(run / name, use_safetensors=True)
+            player.best.net.load_state_dict(loaded.state_dict())
+    return trainer
+
+
+def default_steps(trainer: Trainer) -> int:
+    """Four steps where the student has them, else the most that it has."""
+    sizes = sorted(trainer.grids())
+    return 4 if 4 in sizes else sizes[-1]
+
+
+def members(den: Denoiser | Experts) -> list[Denoiser]:
+    """The networks of a student, in the order of the grid's expert numbers."""
+    if isinstance(den, Denoiser):
+        return [den]
+    return [expert for expert in den.experts if isinstance(expert, Denoiser)]
+
+
+def literal_rows(den: Denoiser | Experts, grid: Grid) -> list[dict[str, float | int]]:
+    """Each step of a grid as plain numbers: what the network is fed and what it means."""
+    rows: list[dict[str, float | int]] = []
+    for level in grid[:-1]:
+        expert = den.at(level)
+        process = expert.process
+        t = torch.tensor([level])
+        c = process.coefs(t)
+        a, b, _ = expert.head.weights(c, process.sigma_data)
+        rows.append(
+            {
+                "time": float(process.network_time(t)),
+                "scale": float(process.scale_input(torch.ones_like(t), t)),
+                "alpha": float(c.alpha),
+                "sigma": float(c.sigma),
+                "a": float(a),
+                "b": float(b),
+                "expert": den.index_at(level) if isinstance(den, Experts) else 0,
+            }
+        )
+    return rows
+
+
+@torch.no_grad()
+def check(
+    den: Denoiser | Experts,
+    grids: dict[int, Grid],
+    noise: NoiseSource,
+    out: Path,
+    tolerance: float,
+) -> float:
+    """Hold the folder's images against the training sampler's, on every grid."""
+    first = members(den)[0]
+    classes = len(first.classes)
+    labels = [i % classes for i in range(len(SEEDS))] if classes else None
+    cond = Cond(torch.tensor(labels) if labels else None)
+    expected: dict[int, Tensor] = {}
+    for n, grid in grids.items():
+        draws = noise_from_seeds(SEEDS, first.sample_shape, n)
+        expected[n] = sample(den, draws[0], grid, cond, noise=noise, fresh=draws.__getitem__)
+    return verify_folder(out, expected, labels, SEEDS, tolerance)

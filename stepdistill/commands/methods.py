@@ -1,0 +1,30 @@
+"""methods and schema: what can be trained, and with which keys."""
+
+from __future__ import annotations
+
+import json
+
+from rich.console import Console
+from rich.table import Table
+
+from stepdistill.trainers.find import methods as all_methods
+from stepdistill.trainers.find import trainer
+
+
+def methods() -> None:
+    """Print the methods, read from their files without importing them."""
+    table = Table(box=None, pad_edge=False)
+    for title in ("method", "family", "what it does"):
+        table.add_column(title)
+    for method in all_methods():
+        table.add_row(method.name, method.family, method.summary)
+    Console().print(table)
+
+
+def schema(method: str) -> str:
+    """The JSON schema of a method's config.
+
+    Raises:
+        UserError: there is no such method.
+    """
+    return json.dumps(trainer(method).Config.model_json_schema(), indent=2)

@@ -1,0 +1,98 @@
+"""pairs: make a teacher's pairs of noise and image, ahead of a reflow run or within it."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from stepdistill.commands.read import read_config
+from stepdistill.commands.watch import Watch
+from stepdistill.data.pairs import PairPlan, make_pairs
+from stepdistill.diffusion.cond import Cond
+from stepdistill.diffusion.denoiser import Denoiser
+from stepdistill.diffusion.sampler import sample
+from stepdistill.diffusion.timesteps import uniform_grid
+from stepdistill.run.assets import load_teacher
+from stepdistill.run.errors import UserError
+from stepdistill.run.memory import keep_freed_memory
+from stepdistill.run.ranks import Processes
+from stepdistill.trainers.flow.reflow import ReflowConfig
+
+
+def pairs(name: str, overrides: Sequence[str] = ()) -> Path:
+    """Make the store of a reflow config and return its folder; shards that are there are kept.
+
+    Raises:
+        UserError: bad input, or a config whose method uses no pairs.
+    """
+    _, config = read_config(name, overrides)
+    if not isinstance(config, ReflowConfig):
+        raise UserError(f"{name}: the method {config.method} uses no pairs; reflow does")
+    keep_freed_memory()
+    processes = Processes(config.precision, config.device)
+    teacher = load_teacher(config.teacher, processes.device)
+    return make(config, teacher, processes, Watch(config, main=processes.main))
+
+
+def store_folder(config: ReflowConfig) -> Path:
+    """Where a config's pairs lie."""
+    return config.pairs.path or config.run / "pairs"
+
+
+def plan_of(config: ReflowConfig, teacher: Denoiser) -> PairPlan:
+    """What a config's pairs are."""
+    return PairPlan(
+        teacher=f"{config.teacher} {weights_hash(teacher)}",
+        steps=config.pairs.steps,
+        guidance=config.guidance,
+        num=config.pairs.num,
+        seed=config.pairs.seed,
+        shape=teacher.sample_shape,
+        classes=len(teacher.classes),
+        shard=config.pairs.shard,
+    )
+
+
+def make(config: ReflowConfig, teacher: Denoiser, processes: Processes, watch: Watch) -> Path:
+    """Make the shards that are missing, shared among the processes; returns the folder."""
+    plan, root = plan_of(config, teacher), store_folder(config)
+    grid = uniform_grid(teacher.process, plan.steps)
+    began = time.monotonic()
+    done = 0
+
+    def draw(z: Tensor, cond: Cond) -> Tensor:
+        with torch.no_grad(), processes.autocast():
+            cond = cond.map(lambda v: v.to(processes.device))
+            z = z.to(processes.device)
+            return sample(teacher, z, grid, cond, guidance=plan.guidance)
+
+    def told(count: int) -> None:
+        nonlocal done
+        done += count * processes.world
+        watch.pairs(min(done, plan.num), plan.num, time.monotonic() - began)
+
+    make_pairs(
+        root,
+        plan,
+        draw,
+        batch_size=config.pairs.batch_size,
+        told=told,
+        rank=processes.rank,
+        world=processes.world,
+    )
+    processes.wait()
+    return root
+
+
+def weights_hash(den: Denoiser) -> str:
+    """Short hash of a network's weights."""
+    total = hashlib.sha256()
+    for name, value in sorted(den.net.state_dict().items()):
+        total.update(name.encode())
+        total.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()[:16]

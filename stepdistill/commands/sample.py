@@ -1,0 +1,39 @@
+"""sample: images of any diffusers pipeline, as PNG files and a grid."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from stepdistill.eval.generate import generate, load_pipeline
+from stepdistill.eval.images import save_grid, save_images
+from stepdistill.run.assets import teacher_path
+
+
+def sample(
+    pipeline: str,
+    out: Path,
+    *,
+    steps: int,
+    num: int,
+    seed: int = 0,
+    batch_size: int = 250,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    options: Mapping[str, object] | None = None,
+) -> None:
+    """Draw ``num`` images into ``out``: 000000.png, ... and grid.png.
+
+    Raises:
+        UserError: bad input, or images that are there and are not to be replaced.
+    """
+    source = teacher_path(pipeline)
+    trusted = trust_remote_code or source != pipeline  # what ships with this package is its own
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipe = load_pipeline(source, trust_remote_code=trusted, device=device)
+    images = generate(pipe, num, seed=seed, steps=steps, batch_size=batch_size, options=options)
+    save_images(images, out, overwrite=overwrite)
+    save_grid(images[:100], out / "grid.png", columns=10, overwrite=True)
+    print(f"{out}: {num} images, {steps} steps, seed {seed}")

@@ -1,0 +1,136 @@
+"""train: from a config file to a finished run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+
+from stepdistill.commands.pairs import make, plan_of
+from stepdistill.commands.read import read_config
+from stepdistill.commands.watch import Watch
+from stepdistill.data.batch import Batch
+from stepdistill.data.images import ImageSet, open_data
+from stepdistill.data.loader import Loader
+from stepdistill.data.order import share
+from stepdistill.data.pairs import PairStore
+from stepdistill.diffusion.denoiser import Denoiser
+from stepdistill.run.assets import load_teacher
+from stepdistill.run.errors import UserError
+from stepdistill.run.memory import keep_freed_memory
+from stepdistill.run.ranks import Processes
+from stepdistill.run.xformers import enable_xformers
+from stepdistill.trainers.base import Trainer
+from stepdistill.trainers.flow.reflow import ReflowConfig
+from stepdistill.trainers.loop import Loop
+from stepdistill.trainers.settings import TrainConfig
+
+
+def train(name: str, overrides: Sequence[str] = ()) -> Path:
+    """Run a training config to its end and return the run's folder.
+
+    Args:
+        name: a config file, or the name of an installed one.
+        overrides: ``key.sub=value``.
+
+    Raises:
+        UserError: bad input.
+        stepdistill.trainers.loop.Stopped: a signal came; the state was saved.
+    """
+    cls, config = read_config(name, overrides)
+    return fit(cls, config)
+
+
+def fit(cls: type[Trainer], config: TrainConfig, fresh: Denoiser | None = None) -> Path:
+    """Train with a validated config; ``fresh`` is a network to train from scratch."""
+    processes = Processes(config.precision, config.device, config.compile)
+    if processes.device.type == "cpu":
+        keep_freed_memory()
+    teacher = fresh or load_teacher(config.teacher)
+    teacher.to(processes.device)
+    if config.xformers:
+        enable_xformers(teacher.net)
+    watch = Watch(config, main=processes.main)
+    trainer = cls(
+        config,
+        teacher,
+        rank=processes.rank,
+        world=processes.world,
+        wrap=processes.wrap,
+        autocast=processes.autocast,
+    )
+    source = Source(trainer, processes, watch)
+    try:
+        Loop(trainer, source.batches, processes, watch).fit()
+    finally:
+        watch.close()
+    return Path(config.run)
+
+
+class Source:
+    """Where a trainer's batches come from: images, a pair store, or labels alone.
+
+    Args:
+        trainer: says what it needs.
+        processes: the job's processes.
+        watch: is told what is prepared.
+
+    Raises:
+        UserError: the images do not fit the network.
+    """
+
+    def __init__(self, trainer: Trainer, processes: Processes, watch: Watch) -> None:
+        self.trainer, self.processes, self.watch = trainer, processes, watch
+        self.images: ImageSet | None = None
+        if trainer.needs == "data":
+            self.images = open_data(trainer.config.data)
+            check_fit(self.images, trainer.teacher)
+
+    def batches(self, start: int) -> Iterator[Batch]:
+        """Batches from a step on."""
+        if self.images is not None:
+            return self._of_images(self.images, start)
+        if self.trainer.needs == "pairs":
+            return self._of_pairs(start)
+        return (self.trainer.batch(step) for step in range(start, self.trainer.config.steps))
+
+    def _of_images(self, images: ImageSet, start: int) -> Iterator[Batch]:
+        c, p = self.trainer.config, self.processes
+        loader = Loader(
+            images,
+            c.batch_size,
+            c.seed,
+            start=start,
+            rank=p.rank,
+            world=p.world,
+            workers=c.data.workers,
+            device=p.device,
+        )
+        with closing(loader):
+            for step, x, label in loader:
+                yield self.trainer.batch(step, x, label)
+
+    def _of_pairs(self, start: int) -> Iterator[Batch]:
+        c, p = self.trainer.config, self.processes
+        assert isinstance(c, ReflowConfig)
+        teacher = self.trainer.teacher
+        store = PairStore(make(c, teacher, p, self.watch), plan_of(c, teacher))
+        part = share(c.batch_size, p.rank, p.world)
+        for step in range(start, c.steps):
+            tensors = store.batch(step, c.batch_size, c.seed, part)
+            z, x, label = (v.to(p.device, non_blocking=True) for v in tensors)
+            yield self.trainer.batch(step, x, label, z)
+
+
+def check_fit(images: ImageSet, teacher: Denoiser) -> None:
+    """Refuse images whose shape or classes are not the network's."""
+    if images.shape != teacher.sample_shape:
+        raise UserError(
+            f"data.source={images.name}: images are {images.shape}, the network takes "
+            f"{teacher.sample_shape}; set data.size and data.channels"
+        )
+    if teacher.classes and len(images.classes) > len(teacher.classes):
+        raise UserError(
+            f"data.source={images.name} has {len(images.classes)} classes, the teacher "
+            f"{len(teacher.classes)}"
+        )

@@ -1,0 +1,153 @@
+"""What a user sees of a run: the progress bar, the sample grids and the figures."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from stepdistill.data.images import open_data
+from stepdistill.diffusion.cond import Cond
+from stepdistill.diffusion.denoiser import Denoiser
+from stepdistill.diffusion.sampler import sample
+from stepdistill.diffusion.timesteps import uniform_grid
+from stepdistill.eval.features import extract, load_features
+from stepdistill.eval.frechet import Stats, frechet_distance
+from stepdistill.eval.images import save_grid
+from stepdistill.eval.runner import Reference
+from stepdistill.run.log import peak_memory_bytes
+from stepdistill.run.rng import Rng
+from stepdistill.trainers.base import Trainer
+from stepdistill.trainers.settings import TrainConfig
+
+STREAM = "watch"
+
+
+class Watch:
+    """Progress on stderr; grids in RUN/samples; figures for log.jsonl.
+
+    Args:
+        config: of the run.
+        main: whether this process writes.
+    """
+
+    def __init__(self, config: TrainConfig, *, main: bool = True) -> None:
+        self.config, self.main = config, main
+        self.console = Console(stderr=True)
+        self.live = main and self.console.is_terminal
+        self._bar: Progress | None = None
+        self._reference: Reference | None = None
+        self._told = 0.0
+
+    def start(self, step: int, total: int) -> None:
+        """See :class:`stepdistill.trainers.loop.Watcher`."""
+        if not self.live:
+            return
+        self._bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[facts]}"),
+            console=self.console,
+        )
+        self._task = self._bar.add_task(self.config.method, total=total, completed=step, facts="")
+        self._bar.start()
+
+    def progress(self, step: int, losses: dict[str, float], rate: float) -> None:
+        """See :class:`stepdistill.trainers.loop.Watcher`."""
+        shown = [f"{k} {v:.4g}" for k, v in losses.items() if not k.endswith("grad_norm")][:2]
+        memory = f"{peak_memory_bytes() / 2**20:.0f} MiB"
+        facts = "  ".join([*shown, f"{rate:.0f} img/s", memory])
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, facts=facts)
+        elif self.main and (time.monotonic() - self._told > 10 or step == self.config.steps):
+            left = (self.config.steps - step) * self.config.batch_size / max(rate, 1e-9)
+            line = f"{self.config.method} step {step}/{self.config.steps}  {facts}"
+            print(f"{line}  ETA {left:.0f} s", file=sys.stderr, flush=True)
+            self._told = time.monotonic()
+
+    def pairs(self, done: int, num: int, seconds: float) -> None:
+        """Pairs made so far, with their rate and what is left."""
+        if not self.main or (done < num and time.monotonic() - self._told < 10):
+            return
+        rate = done / max(seconds, 1e-9)
+        left = (num - done) / max(rate, 1e-9)
+        print(f"pairs {done}/{num}  {rate:.0f}/s  ETA {left:.0f} s", file=sys.stderr, flush=True)
+        self._told = time.monotonic()
+
+    def say(self, text: str) -> None:
+        """See :class:`stepdistill.trainers.loop.Watcher`."""
+        if self.main:
+            self.console.print(text, highlight=False)
+
+    def close(self) -> None:
+        """Take the bar down."""
+        if self._bar is not None:
+            self._bar.stop()
+
+    def due(self, step: int) -> bool:
+        """See :class:`stepdistill.trainers.loop.Watcher`."""
+        return self._pictures(step) or self._figures(step)
+
+    def _pictures(self, step: int) -> bool:
+        every = self.config.sample.every_steps
+        return bool(every) and (step % every == 0 or step == self.config.steps)
+
+    def _figures(self, step: int) -> bool:
+        every = self.config.eval.every_steps
+        return bool(every) and (step % every == 0 or step == self.config.steps)
+
+    def look(self, trainer: Trainer, step: int) -> dict[str, float]:
+        """See :class:`stepdistill.trainers.loop.Watcher`."""
+        if len(trainer.teacher.sample_shape) == 3 and self._pictures(step):
+            self.picture(trainer, step)
+        return self.judge(trainer) if self._figures(step) else {}
+
+    def picture(self, trainer: Trainer, step: int) -> None:
+        """One grid: the teacher's images above, the student's from the same noise below."""
+        num = self.config.sample.num
+        z, cond, index = watch_noise(trainer, num, self.config.seed)
+        steps = min(trainer.grids())
+        rows = [trainer.draw(z, cond, steps, Rng(self.config.seed), index)]
+        if trainer.players["student"].denoiser is not trainer.teacher:
+            rows.insert(0, many_steps(trainer.teacher, z, cond, self.config.sample.teacher_steps))
+        columns = max(1, num // 4)
+        path = Path(self.config.run) / "samples" / f"step-{step:07d}.png"
+        images = torch.cat(rows).clamp(-1, 1).cpu()
+        save_grid(images, path, columns=columns, overwrite=True)
+
+    def judge(self, trainer: Trainer) -> dict[str, float]:
+        """Frechet distance of the student's samples to the data, in the config's features."""
+        c = self.config.eval
+        if self._reference is None:
+            self._reference = Reference(open_data(self.config.data), load_features(c.features))
+        steps = c.steps or min(trainer.grids())
+        z, cond, index = watch_noise(trainer, c.num, self.config.seed)
+        images = [
+            trainer.draw(z[part], cond.rows(part), steps, Rng(self.config.seed), index[part])
+            for part in torch.arange(c.num).split(256)
+        ]
+        stats = Stats.of(extract(self._reference.extractor, torch.cat(images).cpu()))
+        distance = frechet_distance(stats, self._reference.stats)
+        return {f"fd-{c.features}/{steps}": float(distance)}
+
+
+def watch_noise(trainer: Trainer, num: int, seed: int) -> tuple[torch.Tensor, Cond, torch.Tensor]:
+    """Noise, classes in turn, and indices of the samples that are looked at."""
+    index = torch.arange(num, device=trainer.device)
+    z = Rng(seed).normal(STREAM, index, trainer.teacher.sample_shape)
+    classes = len(trainer.teacher.classes)
+    return z, Cond(index % classes if classes else None), index
+
+
+@torch.no_grad()
+def many_steps(teacher: Denoiser, z: torch.Tensor, cond: Cond, steps: int) -> torch.Tensor:
+    """The teacher's images by Euler's method."""
+    return sample(teacher, z, uniform_grid(teacher.process, steps), cond)

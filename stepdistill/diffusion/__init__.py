@@ -1,0 +1,1 @@
+"""The mathematics: processes, heads, time grids, the denoiser, guidance and the sampler."""

@@ -1,0 +1,34 @@
+"""What a sample is conditioned on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Cond:
+    """Conditions of a batch; every tensor has the batch as its first dimension.
+
+    Args:
+        label: class indices [B], int64, or None for an unconditional model.
+    """
+
+    label: Tensor | None = None
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Cond:
+        """Apply ``fn`` to every tensor that is present."""
+        present = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Cond(**{k: None if v is None else fn(v) for k, v in present.items()})
+
+    def rows(self, index: Tensor | slice) -> Cond:
+        """Select rows of the batch."""
+        return self.map(lambda v: v[index])
+
+    def stack(self, other: Cond) -> Cond:
+        """Concatenate two conditions of the same kind into one batch of both."""
+        pairs = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
+        return Cond(**{k: None if a is None else torch.cat([a, b]) for k, (a, b) in pairs.items()})

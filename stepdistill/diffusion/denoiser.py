@@ -1,0 +1,241 @@
+"""Denoiser: a network, the process it was trained on, what its output means, and its signature."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill.adapters import Adapter, adapter_for
+from stepdistill.adapters.taps import record
+from stepdistill.diffusion.cond import Cond
+from stepdistill.diffusion.heads import HEADS, Head
+from stepdistill.diffusion.process import RF, VP, Coefs, Process
+
+NETWORK_KEYS = ("transformer", "unet", "model")
+
+
+class Prediction:
+    """What a network says of x_t: the clean part ``x`` and the noise part ``z``, made when asked.
+
+    Args:
+        h: raw output [B, C, *S].
+        x_t: the state it was asked about [B, C, *S], fp32.
+        c: the process's coefficients at t, expanded to x_t.
+        features: outputs of the tapped modules by name.
+    """
+
+    def __init__(
+        self,
+        h: Tensor,
+        x_t: Tensor,
+        c: Coefs,
+        head: Head,
+        sigma_data: float,
+        features: dict[str, Tensor] | None = None,
+    ) -> None:
+        self.h, self.x_t, self.c, self.head, self.sigma_data = h, x_t, c, head, sigma_data
+        self.features = features or {}
+
+    @cached_property
+    def x(self) -> Tensor:
+        """Clean estimate [B, C, *S]."""
+        return self.head.clean(self.h, self.x_t, self.c, self.sigma_data)
+
+    @cached_property
+    def z(self) -> Tensor:
+        """Noise estimate [B, C, *S]."""
+        return self.head.noise(self.h, self.x_t, self.c, self.sigma_data)
+
+    @property
+    def velocity(self) -> Tensor:
+        """dx_t/dt of the probability flow in the process's own time."""
+        return self.c.d_alpha * self.x + self.c.d_sigma * self.z
+
+    @property
+    def score(self) -> Tensor:
+        """Gradient of the log density of x_t."""
+        return -self.z / self.c.sigma
+
+
+class Denoiser(nn.Module):
+    """A network that estimates the clean and noise parts of a noisy state.
+
+    The network always runs in eval mode: dropout, and the label dropout that some backbones do by
+    themselves in train mode, would make targets random.
+
+    Args:
+        net: any module that ``adapter`` knows.
+        process: the corruption it was trained on.
+        head: what its raw output means, a name of :data:`stepdistill.diffusion.heads.HEADS`.
+        adapter: its call signature; found by the class's name when left out.
+        classes: names of the classes it is conditioned on, empty if none.
+        null_label: the label that means "no class", if the network was trained with one.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        process: Process,
+        head: str,
+        *,
+        adapter: Adapter | None = None,
+        classes: Sequence[str] = (),
+        null_label: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.net = net.eval()
+        self.process = process
+        self.head = HEADS[head]
+        self.adapter = adapter or adapter_for(net)
+        self.classes = tuple(classes)
+        self.null_label = null_label
+        self._call: Callable[..., Any] | None = None
+
+    def train(self, mode: bool = True) -> Denoiser:
+        """Stay in eval mode; see the class."""
+        return super().train(False)
+
+    def route(self, call: Callable[..., Any] | None) -> None:
+        """Send network calls through ``call`` (a data-parallel or compiled wrapper), or back."""
+        self._call = call
+
+    def forward(
+        self, x_t: Tensor, t: Tensor, cond: Cond, *, taps: Sequence[str] = ()
+    ) -> Prediction:
+        """Estimate the clean and noise parts of ``x_t`` [B, C, *S] at times ``t`` [B]."""
+        x_t = x_t.float()
+        c = self.process.coefs(t).expand(x_t)
+        with record(self.net, taps) as features:
+            h = self.raw(x_t, t, cond)
+        return self.prediction(h, x_t, c, features)
+
+    def raw(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """The network's own output h [B, C, *S], in fp32."""
+        scaled = self.process.scale_input(x_t, t)
+        time = self.process.network_time(t)
+        h = self.adapter(self._call or self.net, scaled, time, cond.label)
+        return h[:, : x_t.shape[1]].float()
+
+    def prediction(
+        self, h: Tensor, x_t: Tensor, c: Coefs, features: dict[str, Tensor] | None = None
+    ) -> Prediction:
+        """Read a raw output as a :class:`Prediction`."""
+        return Prediction(h, x_t, c, self.head, self.process.sigma_data, features)
+
+    def at(self, level: float) -> Denoiser:
+        """The denoiser that owns the time ``level``: itself (see :class:`Experts`)."""
+        return self
+
+    def clone(self) -> Denoiser:
+        """A trainable copy with the same process, head and adapter."""
+        other = copy.copy(self)
+        other._modules = dict(self._modules)
+        other.net = copy.deepcopy(self.net).requires_grad_(True)
+        other._call = None
+        return other
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Shape of one sample without the batch, from the network's config: (C, H, W) or (D,)."""
+        return self.adapter.sample_shape(self.net)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network lives."""
+        return next(self.net.parameters()).device
+
+    @classmethod
+    def from_pipeline(
+        cls, source: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    ) -> Denoiser:
+        """Wrap the network of a saved diffusers pipeline; its scheduler tells process and head.
+
+        Args:
+            source: a pipeline folder, or a name on the hub.
+
+        Raises:
+            ValueError: a folder without a pipeline, or one whose scheduler is not understood.
+        """
+        import diffusers
+
+        folder = Path(source)
+        if not folder.is_dir():
+            folder = Path(diffusers.DiffusionPipeline.download(str(source)))
+        index_file = folder / "model_index.json"
+        if not index_file.is_file():
+            raise ValueError(f"{folder}: no model_index.json, so this is no diffusers pipeline")
+        index = json.loads(index_file.read_text())
+        key = next((k for k in NETWORK_KEYS if index.get(k)), None)
+        if key is None:
+            raise ValueError(f"{index_file}: names none of the networks {', '.join(NETWORK_KEYS)}")
+        class_name = index[key][1]
+        if not hasattr(diffusers, class_name):
+            raise ValueError(f"{index_file}: diffusers has no network class {class_name}")
+        net = getattr(diffusers, class_name).from_pretrained(
+            folder, subfolder=key, torch_dtype=dtype, use_safetensors=True
+        )
+        process, head = read_scheduler(folder / "scheduler", index["scheduler"][1])
+        return cls(
+            net.to(device),
+            process,
+            head,
+            classes=index.get("classes") or (),
+            null_label=index.get("null_label", adapter_for(net).null_label(net)),
+        )
+
+
+def read_scheduler(folder: Path, class_name: str) -> tuple[Process, str]:
+    """Process and head name of a saved diffusers scheduler.
+
+    Raises:
+        ValueError: a scheduler whose process is not one of those known here.
+    """
+    import diffusers
+
+    config = json.loads((folder / "scheduler_config.json").read_text())
+    if class_name.startswith("FlowMatch"):
+        return RF(float(config.get("shift", 1.0))), "velocity"
+    heads = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
+    scheduler_class = getattr(diffusers, class_name, None)
+    if scheduler_class is None or config.get("prediction_type", "epsilon") not in heads:
+        raise ValueError(
+            f"{folder}: cannot read a process from {class_name}; known are FlowMatch schedulers "
+            f"and those with alphas_cumprod and prediction_type {', '.join(heads)}"
+        )
+    table = getattr(scheduler_class.from_config(config), "alphas_cumprod", None)
+    if table is None:
+        raise ValueError(f"{folder}: {class_name} has no alphas_cumprod to read a process from")
+    return VP(table), heads[config.get("prediction_type", "epsilon")]
+
+
+class Experts(nn.Module):
+    """Several denoisers of one process, each of which owns a range of times.
+
+    Args:
+        experts: from the noisiest range to the cleanest.
+        boundaries: the lower end of each expert's range but the last, decreasing; an expert owns
+            the times above its boundary.
+    """
+
+    def __init__(self, experts: Sequence[Denoiser], boundaries: Sequence[float]) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(experts)
+        self.boundaries = tuple(boundaries)
+        self.process = experts[0].process
+
+    def index_at(self, level: float) -> int:
+        """The place of the expert that owns the time ``level``."""
+        return sum(level <= boundary + 1e-9 for boundary in self.boundaries)
+
+    def at(self, level: float) -> Denoiser:
+        """The expert that owns the time ``level``."""
+        expert = self.experts[self.index_at(level)]
+        assert isinstance(expert, Denoiser)
+        return expert

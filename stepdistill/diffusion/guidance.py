@@ -1,0 +1,36 @@
+"""Classifier-free guidance of a teacher: one network call of both halves."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from stepdistill.diffusion.cond import Cond
+from stepdistill.diffusion.denoiser import Denoiser, Prediction
+from stepdistill.diffusion.process import expand
+
+
+def guided(
+    den: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, scale: float | Tensor = 1.0
+) -> Prediction:
+    """null + scale (cond - null), in the raw output; scale 1 is one plain call.
+
+    The output is affine in the clean estimate at fixed x_t, so guiding it guides every view of it.
+
+    Args:
+        x_t: states [B, C, *S] at times t [B].
+        scale: one number, or one a sample [B].
+
+    Raises:
+        ValueError: guidance is asked of a network that has no "no class" label.
+    """
+    if isinstance(scale, float) and scale == 1.0:
+        return den(x_t, t, cond)  # type: ignore[no-any-return]
+    if den.null_label is None:
+        raise ValueError("guidance: the teacher has no label that means 'no class'; set it to 1.0")
+    null = cond.map(lambda label: torch.full_like(label, int(den.null_label or 0)))
+    x_t = x_t.float()
+    both = den.raw(torch.cat([x_t, x_t]), torch.cat([t, t]), cond.stack(null))
+    h, h_null = both.chunk(2)
+    weight = expand(scale, h) if isinstance(scale, Tensor) else scale
+    return den.prediction(h_null + weight * (h - h_null), x_t, den.process.coefs(t).expand(x_t))

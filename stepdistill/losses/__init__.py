@@ -1,0 +1,1 @@
+"""Losses as pure functions of tensors: no modules, no state, no randomness."""

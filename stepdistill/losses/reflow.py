@@ -1,0 +1,30 @@
+"""Regression of the velocity on pairs of noise and its image."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from stepdistill.losses.regression import mean_square
+
+ReflowMetric = Literal["l2", "huber"]
+
+
+def velocity_loss(
+    v: Tensor, x: Tensor, z: Tensor, t: Tensor, metric: ReflowMetric = "l2"
+) -> Tensor:
+    """Per-sample loss [B] of a velocity v against the straight path's z - x.
+
+    "l2" is the mean square; "huber" is (1 - t) (sqrt(sum delta^2 + c^2) - c) / d with
+    c = 0.00054 d, right only for deterministic pairs.
+
+    Source: 2-rectified flow++ (Lee et al. 2024), its Huber premetric.
+    """
+    delta = v - (z - x)
+    if metric == "l2":
+        return mean_square(delta)
+    d = delta[0].numel()
+    c = 0.00054 * d
+    return (1 - t) * (torch.sqrt(delta.flatten(1).square().sum(dim=1) + c * c) - c) / d

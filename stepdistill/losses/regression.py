@@ -1,0 +1,47 @@
+"""Distances and weighted regressions; every function returns one value a sample [B], in fp32."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Metric = Literal["l2", "pseudo_huber"]
+
+
+def sum_square(delta: Tensor) -> Tensor:
+    """Squared Euclidean norm over the non-batch dimensions [B]."""
+    return delta.flatten(1).square().sum(dim=1)
+
+
+def mean_square(delta: Tensor) -> Tensor:
+    """Mean square over the non-batch dimensions [B]."""
+    return delta.flatten(1).square().mean(dim=1)
+
+
+def huber_constant(shape: torch.Size, scale: float = 0.00054) -> float:
+    """iCT's constant c = 0.00054 sqrt(d) for samples of d dimensions (batch excluded)."""
+    return scale * math.sqrt(shape[1:].numel())
+
+
+def pseudo_huber(delta: Tensor, c: float) -> Tensor:
+    """sqrt(||delta||^2 + c^2) - c over the whole sample [B] (iCT, eq. for d_c)."""
+    return torch.sqrt(sum_square(delta) + c * c) - c
+
+
+def distance(delta: Tensor, metric: Metric, c: float | None = None) -> Tensor:
+    """The named distance of a difference: "l2" is the squared norm, "pseudo_huber" as above."""
+    if metric == "l2":
+        return sum_square(delta)
+    return pseudo_huber(delta, huber_constant(delta.shape) if c is None else c)
+
+
+def pull(x: Tensor, direction: Tensor) -> Tensor:
+    """A surrogate [B] whose gradient in x is ``direction``, per sample and unscaled.
+
+    Its value is half the squared norm of the direction, so it shows the gradient's size.
+    """
+    target = (x - direction).detach()
+    return 0.5 * sum_square(x - target)

@@ -1,0 +1,1 @@
+"""What a run stands on: errors, randomness, configuration, players, checkpoints and logs."""

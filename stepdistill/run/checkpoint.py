@@ -1,0 +1,160 @@
+"""Checkpoints: safetensors and JSON in a folder that is either complete or passed over.
+
+A folder is written under a temporary name, every file is flushed to the disk, the folder is
+renamed, and only then is it marked by COMPLETE, which lists its files with their sizes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from stepdistill.run.errors import UserError
+
+MARK = "COMPLETE"
+
+
+def sync(path: Path) -> None:
+    """Flush a file or folder to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside ``path`` that takes its place when the block ends well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temp = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    shutil.rmtree(temp, ignore_errors=True)
+    temp.mkdir()
+    try:
+        yield temp
+        for file in sorted(temp.rglob("*")):
+            sync(file)
+        sync(temp)
+        if path.exists():
+            old = path.with_name(f".old-{path.name}-{os.getpid()}")
+            path.rename(old)
+            temp.rename(path)
+            shutil.rmtree(old)
+        else:
+            temp.rename(path)
+        sync(path.parent)
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file so that it is whole or not there."""
+    temp = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    with temp.open("w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    temp.replace(path)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that was read.
+
+    Args:
+        step: steps that were done when it was written.
+        tensors: by part, then name.
+        meta: whatever else was saved.
+    """
+
+    step: int
+    tensors: dict[str, dict[str, Tensor]]
+    meta: dict[str, Any]
+
+
+def save(
+    folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], meta: Mapping[str, Any]
+) -> Path:
+    """Write ``folder/step-NNNNNNN`` and mark it complete."""
+    path = folder / f"step-{step:07d}"
+    with atomic_folder(path) as temp:
+        for part, values in tensors.items():
+            flat = {k: v.detach().cpu().contiguous() for k, v in values.items()}
+            save_file(flat, temp / f"{part}.safetensors")
+        meta_text = json.dumps({"step": step, "parts": sorted(tensors), **meta}, indent=1)
+        (temp / "state.json").write_text(meta_text)
+    sizes = {file.name: file.stat().st_size for file in sorted(path.iterdir())}
+    write_text(path / MARK, json.dumps(sizes))
+    sync(path)
+    return path
+
+
+def problem(path: Path) -> str | None:
+    """Why a checkpoint cannot be used, or None if it is complete."""
+    if not path.is_dir():
+        return "no such folder"
+    mark = path / MARK
+    if not mark.is_file():
+        return f"it has no {MARK}: its writing was cut short"
+    try:
+        sizes = json.loads(mark.read_text())
+    except ValueError:
+        return f"its {MARK} is damaged"
+    for name, size in sizes.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes instead of {size}"
+    return None
+
+
+def load(path: Path) -> Saved:
+    """Read a checkpoint.
+
+    Raises:
+        UserError: it is not complete, or a file in it is damaged.
+    """
+    why = problem(path)
+    if why:
+        raise UserError(f"checkpoint {path}: {why}; resume=auto takes the newest complete one")
+    meta = json.loads((path / "state.json").read_text())
+    try:
+        tensors = {part: load_file(path / f"{part}.safetensors") for part in meta["parts"]}
+    except SafetensorError as error:
+        raise UserError(f"checkpoint {path}: damaged: {error}") from error
+    return Saved(meta["step"], tensors, meta)
+
+
+def found(folder: Path) -> list[Path]:
+    """Checkpoint folders, newest first, complete or not."""
+    return sorted(folder.glob("step-*"), reverse=True) if folder.is_dir() else []
+
+
+def newest(folder: Path, say: Callable[[str], None]) -> Path | None:
+    """The newest complete checkpoint; each torn one on the way is named through ``say``."""
+    for path in found(folder):
+        why = problem(path)
+        if why is None:
+            return path
+        say(f"passed over checkpoint {path.name}: {why}")
+    return None
+
+
+def prune(folder: Path, keep: int, best: str | None) -> None:
+    """Keep the newest ``keep`` complete checkpoints and the one named ``best``."""
+    whole = [path for path in found(folder) if problem(path) is None]
+    for path in whole[keep:]:
+        if path.name != best:
+            (path / MARK).unlink()
+            shutil.rmtree(path)

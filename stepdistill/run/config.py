@@ -1,0 +1,196 @@
+"""A config file: YAML, one parent by ``extends``, dotted overrides, and errors that say where."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from stepdistill.run.errors import UserError
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+if not CONFIGS.is_dir():  # a checkout whose links were lost
+    CONFIGS = CONFIGS.parent.parent / "configs"
+
+M = TypeVar("M", bound=BaseModel)
+
+
+@dataclass
+class Raw:
+    """A config as read: nested values, and where each dotted key was written."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    places: dict[str, str] = field(default_factory=dict)
+
+    def place(self, key: str) -> str:
+        """Where a key, or the nearest section around it, was written."""
+        while key:
+            if key in self.places:
+                return self.places[key]
+            key = key.rpartition(".")[0]
+        return self.places.get("", "config")
+
+
+def find(name: str) -> Path:
+    """The file of a config: a path, or the name of one that is installed with the package.
+
+    Raises:
+        UserError: there is no such file; the nearest installed name is suggested.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    known = sorted(p.stem for p in CONFIGS.glob("*.yaml"))
+    if path.stem in known and path.parent in (Path(), Path("configs")):
+        return CONFIGS / f"{path.stem}.yaml"
+    near = difflib.get_close_matches(path.stem, known, 1)
+    hint = f"; did you mean {near[0]}?" if near else f"; installed are {', '.join(known)}"
+    raise UserError(f"config {name}: no such file{hint}")
+
+
+def read(name: str, overrides: Sequence[str] = ()) -> Raw:
+    """Read a config with its parents and apply ``key.sub=value`` overrides.
+
+    Raises:
+        UserError: a missing file, broken YAML, a circle of parents, or an override without "=".
+    """
+    raw = _read_file(find(name), ())
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise UserError(f"override {text!r}: write it as key.sub=value")
+        try:
+            parsed = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"override {text!r}: the value is not YAML") from error
+        nested: Any = parsed
+        for part in reversed(key.split(".")):
+            nested = {part: nested}
+        raw.values = _merge(raw.values, nested)
+        raw.places[key] = f"override {text}"
+    return raw
+
+
+def validate(raw: Raw, model: type[M]) -> M:
+    """Check a config against its model.
+
+    Raises:
+        UserError: the first thing that is wrong, with its place and the mend.
+    """
+    try:
+        return model.model_validate(raw.values)
+    except ValidationError as error:
+        problems = error.errors(include_url=False)
+        line = _explain(problems[0], raw, model)
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise UserError(line + more) from error
+
+
+def dump(model: BaseModel) -> str:
+    """The resolved config as YAML."""
+    text: str = yaml.safe_dump(model.model_dump(mode="json"), sort_keys=False)
+    return text
+
+
+def digest(model: BaseModel) -> str:
+    """Short hash of a resolved config."""
+    text = json.dumps(model.model_dump(mode="json"), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _read_file(path: Path, seen: tuple[Path, ...]) -> Raw:
+    if path in seen:
+        raise UserError(f"{path}: extends itself, by way of {seen[-1]}")
+    try:
+        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise UserError(f"{path}:{line}: not YAML: {error.problem}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path}: cannot be read as YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: a config is a mapping of keys to values")
+    raw = Raw(values, {"": str(path)} | dict(_places(node, path)))
+    parent = values.pop("extends", None)
+    if parent is None:
+        return raw
+    beside = path.parent / f"{parent}.yaml"
+    base = _read_file(beside if beside.is_file() else find(str(parent)), (*seen, path))
+    return Raw(_merge(base.values, raw.values), base.places | raw.places)
+
+
+def _places(node: Any, path: Path, prefix: str = "") -> Iterator[tuple[str, str]]:
+    if not isinstance(node, yaml.MappingNode):
+        return
+    for key, value in node.value:
+        name = f"{prefix}{key.value}"
+        yield name, f"{path}:{key.start_mark.line + 1}"
+        yield from _places(value, path, f"{name}.")
+
+
+def _merge(base: Any, over: Any) -> Any:
+    """Nested update; a section that names another ``kind`` replaces the old one whole."""
+    if not (isinstance(base, dict) and isinstance(over, dict)):
+        return over
+    if "kind" in over and over["kind"] != base.get("kind"):
+        return over
+    return base | {k: _merge(base[k], v) if k in base else v for k, v in over.items()}
+
+
+def _explain(problem: Any, raw: Raw, model: type[BaseModel]) -> str:
+    parts = [str(part) for part in problem["loc"]]
+    key = ".".join(parts)
+    known = list(_fields(model, parts[:-1]))
+    written = [part for part in parts if _written(part, parts, raw.values)]
+    key = ".".join(written) or key
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(parts[-1], known, 1, cutoff=0.5)
+        prefix = f"{key.rpartition('.')[0]}." if "." in key else ""
+        hint = f"did you mean {prefix}{near[0]}?" if near else f"known are {', '.join(known)}"
+        return f"{raw.place(key)}: unknown key {key}; {hint}"
+    if problem["type"] == "missing":
+        return f"{raw.place(key)}: the key {key} is missing"
+    message = problem["msg"][0].lower() + problem["msg"][1:]
+    return f"{raw.place(key)}: {key}={problem['input']!r}: {message}"
+
+
+def _written(part: str, parts: list[str], values: Any) -> bool:
+    """Whether a part of an error's place is a key or index, not the tag of a union."""
+    for name in parts:
+        if name == part:
+            break
+        if isinstance(values, dict) and name in values:
+            values = values[name]
+    return not (isinstance(values, dict) and values.get("kind") == part and part not in values)
+
+
+def _fields(model: Any, parts: Sequence[str]) -> Iterator[str]:
+    """Names of the fields of the section at ``parts``."""
+    models = [model]
+    for part in parts:
+        nested: list[Any] = []
+        for m in models:
+            info = m.model_fields.get(part)
+            nested += list(_models(info.annotation)) if info else [m]
+        models = nested
+    seen = dict.fromkeys(name for m in models for name in m.model_fields)
+    yield from seen
+
+
+def _models(annotation: Any) -> Iterator[Any]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    origin = typing.get_origin(annotation)
+    if origin in (typing.Union, types.UnionType, typing.Annotated, tuple, list):
+        for part in typing.get_args(annotation):
+            yield from _models(part)

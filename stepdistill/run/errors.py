@@ -1,0 +1,25 @@
+"""The exceptions that become a line on stderr and an exit code, not a traceback."""
+
+from __future__ import annotations
+
+import signal
+
+
+class UserError(ValueError):
+    """Bad input, told in one line that names the key, file or value and the mend (exit code 2)."""
+
+
+class CheckFailed(RuntimeError):  # noqa: N818
+    """A check of the product's own fell short; the line gives the figures (exit code 1)."""
+
+
+class Stopped(Exception):  # noqa: N818
+    """A signal ended the run after a clean save; ``code`` is the exit code (130 or 143).
+
+    Args:
+        number: of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}; the state was saved")
+        self.code = 128 + number

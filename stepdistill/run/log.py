@@ -1,0 +1,117 @@
+"""Rows of log.jsonl, TensorBoard curves and the live progress bar."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Meter:
+    """Means of logged scalars, summed on the device and read only when a row is written."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+
+    def add(self, logs: dict[str, Tensor]) -> None:
+        """Add one step's scalars."""
+        for name, value in logs.items():
+            if name in self.sums:
+                self.sums[name] = self.sums[name] + value
+                self.counts[name] += 1
+            else:
+                self.sums[name], self.counts[name] = value, 1
+
+    def means(self) -> tuple[list[str], Tensor]:
+        """Names and means in one tensor; starts over."""
+        names = list(self.sums)
+        if not names:
+            return [], torch.zeros(0)
+        values = torch.stack([self.sums[n].float() / self.counts[n] for n in names])
+        self.sums, self.counts = {}, {}
+        return names, values
+
+
+def peak_memory_bytes() -> int:
+    """Most memory held so far: the device's on CUDA, else the process's."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return int(torch.cuda.max_memory_allocated())
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class Log:
+    """Writes RUN/log.jsonl and RUN/tensorboard.
+
+    Args:
+        run: the run's folder.
+        step: rows of later steps, left by a run that was cut off, are removed.
+        tensorboard: also write TensorBoard files.
+    """
+
+    def __init__(self, run: Path, *, step: int = 0, tensorboard: bool = True) -> None:
+        self.path = run / "log.jsonl"
+        self.seconds = self._cut(step)
+        self._handle = self.path.open("a", encoding="utf-8")
+        self._start = time.monotonic() - self.seconds
+        self._board: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step or None)
+
+    def _cut(self, step: int) -> float:
+        """Drop rows after ``step`` and torn ones; the seconds that the rest took."""
+        if not self.path.is_file():
+            return 0.0
+        rows = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if row["step"] <= step:
+                rows.append(row)
+        temp = self.path.with_name(".tmp-log.jsonl")
+        temp.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        temp.replace(self.path)
+        return float(rows[-1]["seconds"]) if rows else 0.0
+
+    def clock(self) -> float:
+        """Seconds of training so far, earlier parts of a resumed run included."""
+        return time.monotonic() - self._start
+
+    def row(self, step: int, values: dict[str, Any]) -> None:
+        """Write one row; nested numbers also go to TensorBoard."""
+        row = {"step": step, "seconds": round(self.clock(), 3), **values}
+        self._handle.write(json.dumps(row) + "\n")
+        self._handle.flush()
+        if self._board is not None:
+            for name, value in _flat(values):
+                self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flush everything to the disk."""
+        self._handle.flush()
+        os.fsync(self._handle.fileno())
+        self._handle.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    out = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            out += _flat(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            out.append((prefix + name, float(value)))
+    return out

@@ -1,0 +1,173 @@
+"""Player: one trained network with its optimizer, learning-rate schedule, EMA and safety."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from stepdistill.diffusion.denoiser import Denoiser
+
+
+class OptimConfig(BaseModel):
+    """AdamW (fused) with warm-up, decay and clipping of the gradient's norm."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    lr: float = Field(2e-4, gt=0, description="peak learning rate")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's betas")
+    eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay")
+    warmup_steps: int = Field(0, ge=0, description="updates over which lr rises from 0")
+    decay: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="how lr falls to final_lr after the warm-up"
+    )
+    final_lr: float = Field(0.0, ge=0, description="lr at the last update, as a share of lr")
+    clip: float | None = Field(1.0, gt=0, description="largest gradient norm; null turns it off")
+
+    def lr_at(self, update: int, total: int) -> float:
+        """Learning rate of update number ``update`` (from 0) of ``total``."""
+        if update < self.warmup_steps:
+            return self.lr * (update + 1) / (self.warmup_steps + 1)
+        if self.decay == "constant":
+            return self.lr
+        done = min(1.0, (update - self.warmup_steps) / max(1, total - self.warmup_steps))
+        left = 1 - done if self.decay == "linear" else (1 + math.cos(math.pi * done)) / 2
+        return self.lr * (self.final_lr + (1 - self.final_lr) * left)
+
+
+class Player:
+    """A network in training.
+
+    A step whose gradient is not finite changes nothing: the fused optimizer skips it on the device
+    by a flag, without a wait of the host.
+
+    Args:
+        name: "student", "critic", ...
+        denoiser: what is trained; its parameters require gradients only during its turns.
+        config: the optimizer.
+        total: updates that the learning-rate schedule spans.
+        ema_decay: decay of the moving average of its weights, or None for none.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        denoiser: Denoiser,
+        config: OptimConfig,
+        *,
+        total: int,
+        ema_decay: float | None = None,
+    ) -> None:
+        self.name, self.denoiser, self.config, self.total = name, denoiser, config, total
+        self.params: list[Tensor] = list(denoiser.net.parameters())
+        self.updates = 0
+        self.finite: Tensor | None = None
+        self.norm: Tensor | None = None
+        self.wrapper: Callable[..., Any] | None = None
+        self.ema_decay = ema_decay
+        self.ema: Denoiser | None = None
+        if ema_decay is not None:
+            self.ema = denoiser.clone()
+            self.ema.net.requires_grad_(False)
+        self.reset_optimizer()
+        denoiser.net.requires_grad_(False)
+
+    def reset_optimizer(self) -> None:
+        """Start the optimizer afresh, as at the beginning of a phase."""
+        self.updates = 0
+        self.optimizer = torch.optim.AdamW(
+            self.params,
+            lr=self.config.lr,
+            betas=self.config.betas,
+            eps=self.config.eps,
+            weight_decay=self.config.weight_decay,
+            fused=True,
+        )
+
+    @contextmanager
+    def turn(self) -> Iterator[Denoiser]:
+        """While open, gradients reach this player's parameters (and, elsewhere, nobody's)."""
+        for param in self.params:
+            param.requires_grad_(True)
+        self.denoiser.route(self.wrapper)
+        try:
+            yield self.denoiser
+        finally:
+            self.denoiser.route(None)
+            for param in self.params:
+                param.requires_grad_(False)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Clip, check and apply the gradients; then move the average. No host sync."""
+        grads = [p.grad for p in self.params if p.grad is not None]
+        self.norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+        self.finite = torch.isfinite(self.norm)
+        optimizer: Any = self.optimizer
+        optimizer.found_inf = (~self.finite).float()
+        if self.config.clip is not None:
+            optimizer.grad_scale = (self.norm / self.config.clip).clamp_min(1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = self.config.lr_at(self.updates, self.total)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        self.updates += 1
+        if self.ema is not None:
+            torch._foreach_lerp_(list(self.ema.net.parameters()), self.params, self.ema_weight())
+
+    def ema_weight(self) -> float:
+        """Share of the newest weights in the average; early on it counts this player's updates."""
+        assert self.ema_decay is not None
+        return 1 - min(self.ema_decay, (1 + self.updates) / (10 + self.updates))
+
+    @property
+    def best(self) -> Denoiser:
+        """The network to sample from: the average where there is one."""
+        return self.ema or self.denoiser
+
+    def load_weights(self, source: Denoiser) -> None:
+        """Copy the weights of another network of the same shape, into the average too."""
+        state = source.net.state_dict()
+        self.denoiser.net.load_state_dict(state)
+        if self.ema is not None:
+            self.ema.net.load_state_dict(copy.deepcopy(state))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything a checkpoint must hold of this player, as flat names."""
+        out = {f"net.{k}": v for k, v in self.denoiser.net.state_dict().items()}
+        if self.ema is not None:
+            out |= {f"ema.{k}": v for k, v in self.ema.net.state_dict().items()}
+        for i, param in enumerate(self.params):
+            for key, value in self.optimizer.state.get(param, {}).items():
+                out[f"optim.{i}.{key}"] = value
+        return out
+
+    def load_tensors(self, tensors: dict[str, Tensor], updates: int) -> None:
+        """Restore what :meth:`tensors` gave, bit for bit."""
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+
+        self.denoiser.net.load_state_dict(part("net."))
+        if self.ema is not None:
+            self.ema.net.load_state_dict(part("ema."))
+        self.reset_optimizer()
+        self.updates = updates
+        for name, value in part("optim.").items():
+            index, key = name.split(".", 1)
+            param = self.params[int(index)]
+            self.optimizer.state[param][key] = value.to(param.device, copy=True)
+
+    def retire(self) -> None:
+        """End training: keep the averaged weights alone."""
+        if self.ema is not None:
+            self.denoiser.net.load_state_dict(self.ema.net.state_dict())
+        self.ema, self.ema_decay, self.wrapper = None, None, None
+        self.reset_optimizer()

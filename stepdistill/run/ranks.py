@@ -1,0 +1,86 @@
+"""The processes of a job, by accelerate, and the data-parallel wrapping of players."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from stepdistill.run.errors import UserError
+from stepdistill.run.player import Player
+
+
+class Processes:
+    """This process and its peers.
+
+    Args:
+        precision: of the networks' passes.
+        device: "auto", "cpu", "cuda" or "mps".
+        compiled: run the players' networks through torch.compile.
+
+    Raises:
+        UserError: the device is not there.
+    """
+
+    def __init__(
+        self,
+        precision: Literal["fp32", "bf16"] = "fp32",
+        device: str = "auto",
+        compiled: bool = False,
+    ) -> None:
+        if device == "cuda" and not torch.cuda.is_available():
+            raise UserError("device=cuda: this machine has no usable CUDA device; use device=cpu")
+        if device == "mps" and not torch.backends.mps.is_available():
+            raise UserError("device=mps: this machine has none; use device=cpu")
+        asked_cpu = device == "cpu" or bool(os.environ.get("ACCELERATE_USE_CPU"))
+        self.accelerator = Accelerator(
+            cpu=asked_cpu, mixed_precision={"fp32": "no", "bf16": "bf16"}[precision]
+        )
+        self.rank: int = self.accelerator.process_index
+        self.world: int = self.accelerator.num_processes
+        self.device: torch.device = self.accelerator.device
+        self.compiled = compiled
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes the files."""
+        return self.rank == 0
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision of the networks' passes."""
+        context: AbstractContextManager[Any] = self.accelerator.autocast()
+        return context
+
+    def wrap(self, player: Player) -> None:
+        """Average the player's gradients over processes, and compile it, where asked for."""
+        net: Any = player.denoiser.net
+        if self.compiled:
+            net = torch.compile(net)
+        if self.world > 1:
+            for param in player.params:
+                param.requires_grad_(True)
+            ids = [self.device.index] if self.device.type == "cuda" else None
+            net = DistributedDataParallel(net, device_ids=ids, broadcast_buffers=False)
+            for param in player.params:
+                param.requires_grad_(False)
+        player.wrapper = None if net is player.denoiser.net else net
+
+    def mean(self, value: Tensor) -> Tensor:
+        """Mean of a tensor over all processes, on the CPU."""
+        if self.world == 1:
+            return value.cpu()
+        reduced: Tensor = self.accelerator.reduce(value.to(self.device), reduction="mean")
+        return reduced.cpu()
+
+    def wait(self) -> None:
+        """Meet all processes here."""
+        self.accelerator.wait_for_everyone()
+
+    def close(self) -> None:
+        """Leave the process group."""
+        self.accelerator.end_training()

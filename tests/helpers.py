@@ -1,0 +1,167 @@
+"""What several tests share: quadrature, small networks and teachers, configs of every method."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from stepdistill.adapters.mlp import MLPAdapter, VectorMLP
+from stepdistill.data.batch import Batch
+from stepdistill.diffusion.denoiser import Denoiser
+from stepdistill.diffusion.process import EDM, RF, VP, Process, Trig
+from stepdistill.run.rng import Rng
+from stepdistill.trainers.base import Trainer
+from stepdistill.trainers.find import trainer
+
+MEAN, STD = 0.5, 1.3  # the target of the convergence runs
+SMALL_NETWORK = {"type": "UNet2DModel", "config": {}}  # what a config must name; not built here
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "consistency": {
+        "ect": {},
+        "grid": {
+            "pairs": {"kind": "grid", "steps": 6, "skip": 2},
+            "solver": "heun",
+            "target": "ema",
+            "guidance_range": (1.0, 3.0),
+        },
+    },
+    "denoising": {"flow": {"network": SMALL_NETWORK}},
+    "dmd": {
+        "one_step": {"guidance": 2.0},
+        "two_steps": {"student_steps": 2, "critic_steps": 2},
+    },
+    "phased_dmd": {
+        "default": {},
+        "no_rollout": {"critic_rollout": False, "critic_steps": 2, "phase_steps": 3},
+    },
+    "reflow": {"huber": {}},
+    "sim": {"score": {}, "full": {"form": "full", "guidance": 1.5, "critic_steps": 2}},
+}
+"""Settings of the contract tests: method -> variant -> config keys. A method that is not named
+here is tested with its defaults."""
+
+
+def scaled_linear() -> Tensor:
+    """The table of alphas_cumprod of Stable Diffusion, fp64 [1000]."""
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    return torch.cumprod(1 - betas, dim=0)
+
+
+def processes() -> dict[str, Process]:
+    """One process of every kind."""
+    return {
+        "rf": RF(),
+        "rf-shift": RF(shift=3.0),
+        "vp": VP(scaled_linear()),
+        "edm": EDM(),
+        "trig": Trig(),
+        "trig-1": Trig(sigma_data=1.0),
+    }
+
+
+def hermite(count: int) -> tuple[Tensor, Tensor]:
+    """Nodes and weights [count], fp64, of the mean over a standard normal."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(count)
+    return torch.from_numpy(nodes), torch.from_numpy(weights / weights.sum())
+
+
+def hermite2(count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Nodes of two independent standard normals and weights, each [count^2], fp64."""
+    nodes, weights = hermite(count)
+    first, second = torch.meshgrid(nodes, nodes, indexing="ij")
+    return first.flatten(), second.flatten(), torch.outer(weights, weights).flatten()
+
+
+def gaussian_clean(x_t: Tensor, alpha: Any, sigma: Any, mean: Any, var: Any) -> Tensor:
+    """E[x | x_t] for x ~ N(mean, var)."""
+    return mean + alpha * var / (alpha**2 * var + sigma**2) * (x_t - alpha * mean)
+
+
+class Affine(nn.Module):
+    """mu + u x_t in every coordinate: the whole student of the closed-form runs (an x0 head)."""
+
+    def __init__(self, mu: float, u: float, dim: int) -> None:
+        super().__init__()
+        self.mu, self.u = nn.Parameter(torch.tensor(mu)), nn.Parameter(torch.tensor(u))
+        self.dim = dim
+
+    def forward(self, x: Tensor, time: Tensor, label: Tensor | None = None) -> Tensor:
+        """Clean estimate [B, D]; time and label do not matter."""
+        return self.mu + self.u * x
+
+
+class AffineAdapter(MLPAdapter):
+    """``net(x, time, label)`` on samples [B, D]."""
+
+    def sample_shape(self, net: nn.Module) -> tuple[int, ...]:
+        """(D,)."""
+        return (net.dim,)
+
+
+def small_mlp(**config: Any) -> VectorMLP:
+    """A seeded VectorMLP of 4 coordinates and 3 classes."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return VectorMLP(**{"dim": 4, "width": 16, "depth": 2, "num_classes": 3, **config})
+
+
+def mlp_teacher(**config: Any) -> Denoiser:
+    """A flow teacher on vectors with three classes."""
+    return Denoiser(small_mlp(**config), RF(), "velocity", classes=("a", "b", "c"), null_label=3)
+
+
+def dit_teacher() -> Denoiser:
+    """A flow teacher on 8x8 images with three classes, by diffusers' DiT."""
+    from diffusers import DiTTransformer2DModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = DiTTransformer2DModel(
+            num_attention_heads=2,
+            attention_head_dim=8,
+            in_channels=1,
+            out_channels=1,
+            num_layers=2,
+            sample_size=8,
+            patch_size=2,
+            num_embeds_ada_norm=3,
+            norm_num_groups=1,
+        )
+    return Denoiser(net, RF(), "velocity", classes=("a", "b", "c"), null_label=3)
+
+
+def make(method: str, teacher: Denoiser, *, rank: int = 0, world: int = 1, **keys: Any) -> Trainer:
+    """The trainer of a method; six steps of a batch of eight unless said otherwise."""
+    cls = trainer(method)
+    keys = {"run": "unused", "teacher": "unused", "steps": 6, "batch_size": 8, **keys}
+    config = cls.Config(**{"method": method, **keys})
+    return cls(config, teacher, rank=rank, world=world)
+
+
+def batch_of(made: Trainer, step: int) -> Batch:
+    """The batch of a step, with images and pairs for the methods that need them."""
+    if made.needs == "labels":
+        return made.batch(step)
+    index, rng = made.batch(step).index, Rng(7).at(step)
+    x = rng.normal("image", index, made.teacher.sample_shape).tanh()
+    z = rng.normal("pair", index, made.teacher.sample_shape) if made.needs == "pairs" else None
+    return made.batch(step, x=x, z=z)
+
+
+def run(made: Trainer, first: int, last: int) -> None:
+    """Train the steps ``first`` .. ``last - 1`` as the loop does."""
+    for step in range(first, last):
+        made.prepare(step)
+        made.step(step, batch_of(made, step))
+
+
+def saved(made: Trainer) -> tuple[dict[str, dict[str, Tensor]], dict[str, int]]:
+    """What a checkpoint of a trainer holds: its tensors, copied, and the update counts."""
+    tensors = {
+        player: {name: value.clone() for name, value in state.items()}
+        for player, state in made.state().items()
+    }
+    return tensors, {name: player.updates for name, player in made.players.items()}

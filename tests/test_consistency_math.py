@@ -1,0 +1,205 @@
+"""Consistency distillation against its fixed points: products of cosines on Gaussian flows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from stepdistill.diffusion.cond import Cond
+from stepdistill.diffusion.denoiser import Denoiser
+from stepdistill.diffusion.oracles import Oracle
+from stepdistill.diffusion.process import RF
+from stepdistill.losses.consistency import ect_partner, grid_partner, pair_weight
+from stepdistill.losses.regression import distance, huber_constant, pseudo_huber
+from stepdistill.run.rng import Rng
+from tests.helpers import batch_of, make, mlp_teacher, run
+
+STD = 0.7
+Gain = Callable[[float], float]
+
+
+def radius(t: float) -> float:
+    return math.hypot((1 - t) * STD, t)
+
+
+def angle(t: float) -> float:
+    return math.atan2(t, (1 - t) * STD)
+
+
+def euler(t: float, r: float) -> float:
+    """What one Euler step multiplies a state by."""
+    return radius(r) / radius(t) * math.cos(angle(t) - angle(r))
+
+
+def heun(t: float, r: float) -> float:
+    """What one Heun step multiplies a state by; the last one is Euler's."""
+
+    def speed(t: float) -> float:
+        return (t - (1 - t) * STD**2) / radius(t) ** 2
+
+    return 1 + (r - t) / 2 * (speed(t) + speed(r) * euler(t, r)) if r > 0 else euler(t, r)
+
+
+def on_grid(step: Callable[[float, float], float], count: int, skip: int) -> Gain:
+    """The fixed point on a grid: every step's factor on the way to 0."""
+
+    def gain(t: float) -> float:
+        place, total = round((1 - t) * count), 1.0
+        while place < count:
+            after = min(place + skip, count)
+            total *= step(1 - place / count, 1 - after / count)
+            place = after
+        return total
+
+    return gain
+
+
+def on_ect(stage: int) -> Gain:
+    """The fixed point of ECT's pairs: the chain t, r(t), r(r(t)), ... to 0."""
+
+    def gain(t: float) -> float:
+        total, share = 1.0, 1 - 2.0 ** -(stage + 1)
+        while t > 1e-7:
+            total *= euler(t, t * share)
+            t *= share
+        return total * STD / radius(t)
+
+    return gain
+
+
+class Linear(Denoiser):
+    """A student that multiplies the state by gain(t)."""
+
+    gain: Gain
+
+    def raw(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        return torch.tensor([[self.gain(float(level))] for level in t]) * x_t
+
+
+def loss_of(gain: Gain, step: int = 0, **keys: object) -> float:
+    """The trainer's own loss for a student of the given gain."""
+    teacher = Oracle(RF(), "velocity", torch.zeros(1, 1), STD)
+    made = make("consistency", teacher, batch_size=64, metric="l2", weight="one", **keys)
+    student = Linear(teacher.net, RF(), "x0", adapter=teacher.adapter)
+    student.gain = gain
+    made.players["student"].denoiser = student
+    return float(made.loss(batch_of(made, step), Rng(0).at(step)).value)
+
+
+def exact(t: float) -> float:
+    return STD / radius(t)
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+@pytest.mark.parametrize(("count", "skip"), [(8, 1), (12, 3), (10, 4)])
+def test_fixed_point_on_a_grid(solver, count, skip) -> None:
+    """The student inherits the solver's bias, whole."""
+    keys = {"pairs": {"kind": "grid", "steps": count, "skip": skip}, "solver": solver}
+    biased = on_grid({"euler": euler, "heun": heun}[solver], count, skip)
+    assert loss_of(biased, **keys) < 1e-10
+    assert loss_of(exact, **keys) > (1e-6 if solver == "heun" else 1e-4)
+    assert abs(biased(1.0) / exact(1.0) - 1) > 1e-3
+
+
+@pytest.mark.parametrize(("step", "stage"), [(0, 0), (2, 1), (3, 2), (5, 3)])
+def test_fixed_point_of_ect_s_pairs(step, stage) -> None:
+    """Six steps of four stages: the pair's ratio, and with it the fixed point, is the stage's."""
+    keys = {"pairs": {"kind": "ect", "stages": 4}}
+    assert loss_of(on_ect(stage), step, **keys) < 1e-10
+    assert loss_of(on_ect(stage + 1), step, **keys) > 1e-7
+
+
+def test_fixed_points_draw_near_the_exact_map() -> None:
+    ratios = [on_ect(stage)(0.9) / exact(0.9) for stage in range(7)]
+    assert ratios == sorted(ratios)
+    assert 1 - ratios[-1] < 0.02
+    trig = [math.cos(math.pi / 2 / n) ** n for n in (2, 4, 8)]
+    assert trig == pytest.approx([0.5, 0.72855, 0.85623], abs=1e-5)
+
+
+def test_first_stage_of_ect_halves_the_time() -> None:
+    t = torch.tensor([0.1, 0.5, 1.0])
+    torch.testing.assert_close(ect_partner(t, 0), t / 2)
+    torch.testing.assert_close(ect_partner(t, 2), t * 7 / 8)
+    torch.testing.assert_close(ect_partner(t, 0, q=4.0), t * 3 / 4)
+
+
+def test_pairs_of_a_stage_and_their_weights() -> None:
+    made = make("consistency", mlp_teacher(), steps=8, pairs={"kind": "ect", "stages": 4})
+    for step in range(8):
+        t, r = made.times(made.batch(step), Rng(0).at(step))
+        torch.testing.assert_close(r, t * (1 - 2.0 ** -(step // 2 + 1)))
+        torch.testing.assert_close(pair_weight(t, r, "inverse_gap") * (t - r), torch.ones(8))
+    assert torch.equal(pair_weight(t, r, "one"), torch.ones(8))
+
+
+def test_pairs_on_a_grid_cover_it_and_stop_at_zero() -> None:
+    keys = {"kind": "grid", "steps": 5, "skip": 2}
+    made = make("consistency", mlp_teacher(), batch_size=256, pairs=keys)
+    t, r = made.times(made.batch(0), Rng(0).at(0))
+    pairs = {(round(float(a), 6), round(float(b), 6)) for a, b in zip(t, r, strict=True)}
+    assert pairs == {(1.0, 0.6), (0.8, 0.4), (0.6, 0.2), (0.4, 0.0), (0.2, 0.0)}
+    assert torch.equal(grid_partner(torch.tensor([0.1, 0.5]), 0.2), torch.tensor([0.0, 0.3]))
+
+
+def test_estimate_at_zero_is_the_state_itself() -> None:
+    made = make("consistency", mlp_teacher())
+    x = torch.ones(8, 4)
+    t = torch.tensor([0.0, 0.5] * 4)
+    got = made.clean(made.teacher, x, t, made.batch(0))
+    assert torch.equal(got[0::2], x[0::2])
+    assert not torch.equal(got[1::2], x[1::2])
+
+
+def test_ema_target_follows_the_student() -> None:
+    keys = {"target": "ema", "target_decay": 0.75}
+    made = make("consistency", mlp_teacher(), **keys)
+    before = [p.clone() for p in made.target_net.net.parameters()]
+    run(made, 0, 1)
+    for old, target, new in zip(
+        before, made.target_net.net.parameters(), made.players["student"].params, strict=True
+    ):
+        assert not target.requires_grad
+        torch.testing.assert_close(target, 0.75 * old + 0.25 * new)
+
+
+def test_ema_target_is_what_the_loss_aims_at() -> None:
+    made = make("consistency", mlp_teacher(), target="ema", metric="l2", weight="one")
+    batch, rng = batch_of(made, 0), Rng(0).at(0)
+    plain = float(made.loss(batch, rng).value)
+    with torch.no_grad():
+        for param in made.target_net.net.parameters():
+            param.mul_(1.5)
+    assert float(made.loss(batch, rng).value) != pytest.approx(plain, rel=1e-3)
+
+
+def test_guidance_range_draws_a_scale_a_sample() -> None:
+    """With an all-zero range the teacher's step is the null one, whatever the label."""
+    keys = {"guidance_range": (0.0, 0.0), "metric": "l2"}
+    made = make("consistency", mlp_teacher(), **keys)
+    null = make("consistency", mlp_teacher(), metric="l2", guidance=0.0)
+    batch, rng = batch_of(made, 0), Rng(0).at(0)
+    got, expected = (float(m.loss(batch, rng).value) for m in (made, null))
+    assert got == pytest.approx(expected, rel=1e-6)
+    assert got != pytest.approx(
+        float(make("consistency", mlp_teacher(), metric="l2").loss(batch, rng).value), rel=1e-4
+    )
+
+
+@pytest.mark.parametrize(("dims", "expected"), [(3072, 0.02993), (12288, 0.05986)])
+def test_huber_constant(dims, expected) -> None:
+    assert huber_constant(torch.Size([5, dims])) == pytest.approx(expected, abs=5e-6)
+
+
+def test_distances() -> None:
+    delta = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
+    torch.testing.assert_close(distance(delta, "l2"), torch.tensor([25.0, 0.0]))
+    expected = torch.tensor([math.sqrt(25.01) - 0.1, 0.0])
+    torch.testing.assert_close(pseudo_huber(delta, 0.1), expected)
+    torch.testing.assert_close(distance(delta, "pseudo_huber", 0.1), expected)
+    own = distance(delta, "pseudo_huber")
+    torch.testing.assert_close(own, pseudo_huber(delta, 0.00054 * 2**0.5))

@@ -1,0 +1,216 @@
+"""Trainer: the few things a method must say, and everything that it need not.
+
+A method is one file that ends in ``TRAINER = ...``. It declares its config, makes its players in
+``setup``, and lists the turns of a step; each turn is a function (batch, rng) -> Loss.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from stepdistill.data.batch import Batch
+from stepdistill.diffusion.cond import Cond
+from stepdistill.diffusion.denoiser import Denoiser, Experts
+from stepdistill.diffusion.sampler import NoiseSource, sample
+from stepdistill.diffusion.timesteps import Grid, uniform_grid
+from stepdistill.run.errors import UserError
+from stepdistill.run.player import OptimConfig, Player
+from stepdistill.run.rng import Rng
+from stepdistill.trainers.settings import TrainConfig
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A turn's result.
+
+    Args:
+        value: the scalar that is differentiated.
+        logs: scalars on the device, by name; read only when a row is written.
+    """
+
+    value: Tensor
+    logs: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One update of one player within a step."""
+
+    player: str
+    loss: Callable[[Batch, Rng], Loss]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Network passes that a step needs, for one role.
+
+    Args:
+        role: "student", "critic" or "teacher".
+        kind: "forward" without a graph, "train" forward and backward to the weights, "input"
+            forward and backward to the input only.
+        count: how many times a step, on average.
+        batch: size of the batch it runs on, in batches of the config (2 where it is guided).
+    """
+
+    role: str
+    kind: Literal["forward", "train", "input"]
+    count: float = 1
+    batch: int = 1
+
+
+class Trainer(ABC):
+    """Base of all methods.
+
+    Args:
+        config: validated settings.
+        teacher: the frozen teacher; None for methods that train one from scratch.
+        rank: this process's place.
+        world: number of processes; each takes an equal slice of the global batch.
+        wrap: prepares a new player for many processes or compilation.
+        autocast: the precision of the networks' passes.
+
+    Raises:
+        UserError: the batch cannot be shared equally.
+    """
+
+    Config: ClassVar[type[TrainConfig]] = TrainConfig
+    needs: ClassVar[Literal["labels", "data", "pairs"]] = "labels"
+    noise: NoiseSource = "predicted"
+    sizes: tuple[int, ...] = (1,)
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        teacher: Denoiser,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        wrap: Callable[[Player], None] | None = None,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        if config.batch_size % world:
+            raise UserError(
+                f"batch_size={config.batch_size} does not divide among {world} processes; "
+                f"make it a multiple of {world}"
+            )
+        self.config, self.teacher = config, teacher
+        self.process, self.device = teacher.process, teacher.device
+        self.teacher.requires_grad_(False)
+        self.rank, self.world = rank, world
+        self.players: dict[str, Player] = {}
+        self.wrap, self.autocast = wrap, autocast
+        self.setup()
+
+    # What a method supplies -----------------------------------------------------------------
+
+    @abstractmethod
+    def setup(self) -> None:
+        """Make the players."""
+
+    @abstractmethod
+    def turns(self, step: int) -> list[Turn]:
+        """The updates of a step, in order."""
+
+    @abstractmethod
+    def passes(self) -> list[Pass]:
+        """Network passes of one step, by role."""
+
+    def grids(self) -> dict[int, Grid]:
+        """Times that the student samples on, by number of steps; baked into its export."""
+        return {n: uniform_grid(self.process, n) for n in self.sizes}
+
+    def prepare(self, step: int) -> None:
+        """Make the players that exist at ``step``; called before one is resumed."""
+
+    # What it gets -----------------------------------------------------------------------------
+
+    def add_player(
+        self, name: str, source: Denoiser, optim: OptimConfig, *, ema: bool, total: int
+    ) -> Player:
+        """Add a trained copy of ``source``."""
+        decay = self.config.ema.decay if ema else None
+        player = Player(name, source.clone(), optim, total=total, ema_decay=decay)
+        self.players[name] = player
+        if self.wrap:
+            self.wrap(player)
+        return player
+
+    def denoiser(self, name: str) -> Denoiser:
+        """The network of a player."""
+        return self.players[name].denoiser
+
+    def students(self) -> list[Player]:
+        """The players that make up the student, from the noisiest level to the cleanest."""
+        return [p for name, p in self.players.items() if name.startswith("student")]
+
+    def best(self) -> Denoiser | Experts:
+        """What is sampled, saved and exported: the student's averaged weights."""
+        return self.students()[0].best
+
+    def draw(self, z: Tensor, cond: Cond, steps: int, rng: Rng, index: Tensor) -> Tensor:
+        """Images [B, C, H, W] of the averaged student from noise z, in ``steps`` steps."""
+        with torch.no_grad(), self.autocast():
+            return sample(
+                self.best(),
+                z,
+                self.grids()[steps],
+                cond,
+                noise=self.noise,
+                fresh=lambda i: rng.normal(f"fresh-{i}", index, z.shape[1:]),
+            )
+
+    def batch(
+        self,
+        step: int,
+        x: Tensor | None = None,
+        label: Tensor | None = None,
+        z: Tensor | None = None,
+    ) -> Batch:
+        """This process's batch; without given labels, classes are drawn uniformly."""
+        size = self.config.batch_size // self.world
+        index = torch.arange(self.rank * size, (self.rank + 1) * size, device=self.device)
+        if label is None and self.teacher.classes:
+            rng = Rng(self.config.seed).at(step)
+            label = rng.integers("label", index, len(self.teacher.classes))
+        return Batch(index, Cond(label if self.teacher.classes else None), x, z)
+
+    def z(self, batch: Batch, rng: Rng, stream: str = "z") -> Tensor:
+        """Standard normal noise shaped like the batch's samples [B, C, *S]."""
+        return rng.normal(stream, batch.index, self.teacher.sample_shape)
+
+    def step(self, step: int, batch: Batch) -> dict[str, Tensor]:
+        """One training step: every turn in order; returns the logs, still on the device."""
+        logs: dict[str, Tensor] = {}
+        for place, turn in enumerate(self.turns(step)):
+            player = self.players[turn.player]
+            with player.turn():
+                with self.autocast():
+                    loss = turn.loss(batch, Rng(self.config.seed).at(step, place))
+                loss.value.backward()
+                player.step()
+            assert player.norm is not None
+            logs[f"{turn.player}/grad_norm"] = player.norm
+            logs |= {f"{turn.player}/{k}": v.detach() for k, v in loss.logs.items()}
+        return logs
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """Tensors of every player."""
+        return {name: player.tensors() for name, player in self.players.items()}
+
+    def load_state(
+        self, step: int, tensors: Mapping[str, dict[str, Tensor]], updates: Mapping[str, int]
+    ) -> None:
+        """Go to ``step`` with the players' tensors and update counts of a checkpoint.
+
+        The players are those of the last step done: a phase that begins at ``step`` is not begun.
+        """
+        self.prepare(step - 1)
+        for name, player in self.players.items():
+            player.load_tensors(tensors[name], updates[name])

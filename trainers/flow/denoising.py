@@ -1,0 +1,127 @@
+"""Train a teacher from scratch: 1-rectified flow, or epsilon / v / x0 with a VP schedule."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from stepdistill.data.batch import Batch
+from stepdistill.diffusion.cond import Cond
+from stepdistill.diffusion.denoiser import Denoiser
+from stepdistill.diffusion.process import RF, VP, Process
+from stepdistill.diffusion.timesteps import Density, LogitNormal
+from stepdistill.run.errors import UserError
+from stepdistill.run.rng import Rng
+from stepdistill.trainers.base import Loss, Pass, Trainer, Turn
+from stepdistill.trainers.settings import Section, TrainConfig
+
+
+class NetworkConfig(Section):
+    """The network to train."""
+
+    type: str = Field(description="a diffusers class that has an adapter")
+    config: dict[str, Any] = Field(default_factory=dict, description="its constructor's arguments")
+
+
+class DenoisingConfig(TrainConfig):
+    """Settings of ``denoising``, the method of ``stepdistill teacher``."""
+
+    method: str = Field("denoising", description="denoising")
+    teacher: str = Field("", description="unused: the network starts from scratch")
+    network: NetworkConfig = Field(description="what is trained")
+    head: Literal["velocity", "eps", "v", "x0"] = Field(
+        "velocity", description="what it predicts; velocity is rectified flow, the rest are VP"
+    )
+    t: Density = Field(default_factory=LogitNormal, description="density of training times")
+    label_dropout: float = Field(0.1, ge=0, le=1, description="share of labels replaced by none")
+
+
+class DenoisingTrainer(Trainer):
+    """Mean squared error of the raw output (flow matching; DDPM), spec 4's 1-RF."""
+
+    Config = DenoisingConfig
+    config: DenoisingConfig
+    needs = "data"
+    sizes = (1, 2, 4, 8, 16, 32)
+
+    def setup(self) -> None:
+        """The "teacher" handed over is the fresh network itself."""
+        total = self.config.steps
+        self.add_player("student", self.teacher, self.config.optim, ema=True, total=total)
+
+    def turns(self, step: int) -> list[Turn]:
+        """One player, one turn."""
+        return [Turn("student", self.loss)]
+
+    def loss(self, batch: Batch, rng: Rng) -> Loss:
+        """Squared error against the output of a network that knew x and z."""
+        assert batch.x is not None
+        den = self.denoiser("student")
+        t = self.config.t.sample(rng.uniform("t", batch.index), self.process)
+        z = self.z(batch, rng)
+        cond = batch.cond
+        if cond.label is not None and den.null_label is not None:
+            drop = rng.uniform("drop", batch.index) < self.config.label_dropout
+            cond = Cond(torch.where(drop, den.null_label, cond.label))
+        pred = den(self.process.noise(batch.x, z, t), t, cond)
+        target = den.head.output(batch.x, z, pred.c, self.process.sigma_data)
+        loss = (pred.h - target).square().mean()
+        return Loss(loss, {"loss": loss})
+
+    def passes(self) -> list[Pass]:
+        """The network alone."""
+        return [Pass("student", "train")]
+
+
+def fresh_network(config: DenoisingConfig, classes: tuple[str, ...]) -> Denoiser:
+    """A newly initialised network (torch's generator seeded by ``config.seed``).
+
+    Raises:
+        UserError: an unknown class, or arguments that it refuses.
+    """
+    import diffusers
+
+    cls = getattr(diffusers, config.network.type, None)
+    if cls is None:
+        raise UserError(f"network.type: diffusers has no class {config.network.type}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        try:
+            net = cls(**config.network.config)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"network.config: {config.network.type} refuses it: {error}") from error
+    return wrap_network(net, config, classes)
+
+
+def load_student(config: DenoisingConfig, folder: Path, classes: tuple[str, ...]) -> Denoiser:
+    """The trained network of a finished run."""
+    import diffusers
+
+    cls = getattr(diffusers, config.network.type)
+    return wrap_network(cls.from_pretrained(folder, use_safetensors=True), config, classes)
+
+
+def wrap_network(net: nn.Module, config: DenoisingConfig, classes: tuple[str, ...]) -> Denoiser:
+    """A network with the process and head of a config; the label after the classes is "none"."""
+    return Denoiser(
+        net,
+        schedule(config.head),
+        config.head,
+        classes=classes,
+        null_label=len(classes) if classes else None,
+    )
+
+
+def schedule(head: str) -> Process:
+    """Rectified flow for velocities, DDPM's linear schedule of 1,000 levels for the rest."""
+    if head == "velocity":
+        return RF()
+    betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    return VP(torch.cumprod(1 - betas, dim=0))
+
+
+TRAINER = DenoisingTrainer

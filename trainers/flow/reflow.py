@@ -1,0 +1,74 @@
+"""Reflow: straighten a flow by regressing its velocity on its own pairs of noise and image."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+
+from stepdistill.data.batch import Batch
+from stepdistill.diffusion.timesteps import Density, UShaped
+from stepdistill.losses.reflow import ReflowMetric, velocity_loss
+from stepdistill.run.errors import UserError
+from stepdistill.run.rng import Rng
+from stepdistill.trainers.base import Loss, Pass, Trainer, Turn
+from stepdistill.trainers.settings import Section, TrainConfig
+
+
+class PairsConfig(Section):
+    """The store of pairs, made by ``stepdistill pairs`` or, where it is missing, at the start."""
+
+    path: Path | None = Field(None, description="folder of the store; RUN/pairs if null")
+    num: int = Field(10_000, ge=1, description="pairs to make")
+    steps: int = Field(32, ge=1, description="the teacher's steps for a pair")
+    seed: int = Field(0, ge=0, description="seed of the pairs' noise")
+    shard: int = Field(2048, ge=1, description="pairs in a file")
+    batch_size: int = Field(256, ge=1, description="pairs made at once")
+
+
+class ReflowConfig(TrainConfig):
+    """Settings of ``reflow``."""
+
+    pairs: PairsConfig = Field(default_factory=PairsConfig, description="noise and its images")
+    t: Density = Field(default_factory=UShaped, description="density of training times")
+    metric: ReflowMetric = Field("huber", description="l2, or (1 - t) Huber (rf++)")
+
+
+class ReflowTrainer(Trainer):
+    """One reflow round with rf++'s density and premetric (Lee et al. 2024), specs 4 and 6."""
+
+    Config = ReflowConfig
+    config: ReflowConfig
+    needs = "pairs"
+    sizes = (1, 2, 4, 8)
+
+    def setup(self) -> None:
+        """The student starts as the teacher; straight paths need a flow's velocity."""
+        if self.process.name != "rf" or self.teacher.head.name != "velocity":
+            raise UserError(
+                f"teacher: reflow straightens flow models, and this one is {self.process.name} "
+                f"with a {self.teacher.head.name} head; use a FlowMatch teacher such as digits-dit"
+            )
+        total = self.config.steps
+        self.add_player("student", self.teacher, self.config.optim, ema=True, total=total)
+
+    def turns(self, step: int) -> list[Turn]:
+        """One player, one turn."""
+        return [Turn("student", self.loss)]
+
+    def loss(self, batch: Batch, rng: Rng) -> Loss:
+        """Velocity against the pair's straight path."""
+        assert batch.x is not None and batch.z is not None
+        t = self.config.t.sample(rng.uniform("t", batch.index), self.process)
+        x_t = self.process.noise(batch.x, batch.z, t)
+        v = self.denoiser("student")(x_t, t, batch.cond).h
+        per_sample = velocity_loss(v, batch.x, batch.z, t, self.config.metric)
+        loss = per_sample.mean()
+        return Loss(loss, {"loss": loss})
+
+    def passes(self) -> list[Pass]:
+        """The student alone."""
+        return [Pass("student", "train")]
+
+
+TRAINER = ReflowTrainer

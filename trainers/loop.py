@@ -1,0 +1,238 @@
+"""The loop around a trainer: rows, pictures, figures, checkpoints, signals and resuming."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from stepdistill.data.batch import Batch
+from stepdistill.run import checkpoint
+from stepdistill.run.config import digest, dump
+from stepdistill.run.errors import Stopped, UserError
+from stepdistill.run.health import Health
+from stepdistill.run.log import Log, Meter, peak_memory_bytes
+from stepdistill.trainers.base import Trainer
+
+FREE_KEYS = ("run", "steps", "log", "sample", "eval", "checkpoint", "resume", "device", "data")
+
+
+class Ranks(Protocol):
+    """What the loop needs to know of other processes."""
+
+    rank: int
+    world: int
+
+    def mean(self, value: Tensor) -> Tensor:
+        """Mean over processes."""
+
+    def wait(self) -> None:
+        """Meet all processes here."""
+
+
+class Watcher(Protocol):
+    """What is told of a run's progress (pictures, figures, a progress bar)."""
+
+    def start(self, step: int, total: int) -> None:
+        """Training begins at ``step``."""
+
+    def progress(self, step: int, losses: dict[str, float], rate: float) -> None:
+        """A row was written; ``rate`` in images/s."""
+
+    def say(self, text: str) -> None:
+        """A line for the user."""
+
+    def due(self, step: int) -> bool:
+        """Whether this step is one to look at; the same answer on every process."""
+
+    def look(self, trainer: Trainer, step: int) -> dict[str, float]:
+        """Draw pictures and give figures of the student, the one to judge by first."""
+
+
+class Loop:
+    """Runs a trainer to its last step.
+
+    Args:
+        trainer: what is trained.
+        batches: batches from a given step on.
+        ranks: the processes.
+        watcher: who is told.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        batches: Callable[[int], Iterator[Batch]],
+        ranks: Ranks,
+        watcher: Watcher,
+    ) -> None:
+        self.trainer, self.batches, self.ranks, self.watcher = trainer, batches, ranks, watcher
+        self.config = trainer.config
+        self.run = Path(self.config.run)
+        self.folder = self.run / "checkpoints"
+        self.main = ranks.rank == 0
+        self.health = Health()
+        self.best: dict[str, Any] = {}
+        self.signal: int | None = None
+
+    def start(self) -> int:
+        """Make the run's folder, resume if asked; returns the step to begin with.
+
+        Raises:
+            UserError: the folder holds a run that was not to be resumed, or another run's.
+        """
+        resume = self.config.resume
+        source: Path | None = None
+        if resume == "auto":
+            source = checkpoint.newest(self.folder, self.watcher.say)
+        elif resume != "never":
+            source = Path(resume)
+        elif checkpoint.found(self.folder) or (self.run / "student").exists():
+            raise UserError(
+                f"run={self.run} already holds a run; resume=auto continues it, "
+                "or choose another folder"
+            )
+        step = self._restore(source) if source else 0
+        self.ranks.wait()
+        if self.main:
+            self.run.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_text(
+                self.run / "config.yaml", f"# sha256 {digest(self.config)}\n{dump(self.config)}"
+            )
+        return step
+
+    def _restore(self, source: Path) -> int:
+        saved = checkpoint.load(source)
+        old, new = saved.meta["config"], self.config.model_dump(mode="json")
+        changed = [k for k in new if k not in FREE_KEYS and old.get(k) != new[k]]
+        if changed:
+            raise UserError(
+                f"checkpoint {source} was made with other settings of {', '.join(changed)}; "
+                "set them back, or start a new run"
+            )
+        self.trainer.load_state(saved.step, saved.tensors, saved.meta["updates"])
+        self.health = Health(saved.meta["skipped"])
+        self.best = saved.meta["best"]
+        self.watcher.say(f"resumed from {source.name}")
+        return saved.step
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint, keep the newest few and the best."""
+        self.health.look(wait=True)
+        name = f"step-{step:07d}"
+        if self.main and checkpoint.problem(self.folder / name) is not None:
+            meta = {
+                "config": self.config.model_dump(mode="json"),
+                "updates": {n: p.updates for n, p in self.trainer.players.items()},
+                "skipped": self.health.skipped,
+                "best": self.best,
+            }
+            checkpoint.save(self.folder, step, self.trainer.state(), meta)
+            checkpoint.prune(self.folder, self.config.checkpoint.keep, self.best.get("name"))
+        self.ranks.wait()
+
+    def finish(self) -> None:
+        """Save the averaged student as diffusers module folders: RUN/student, RUN/student_2."""
+        if self.main:
+            for name, player in self.trainer.players.items():
+                if name.startswith("student"):
+                    with checkpoint.atomic_folder(self.run / name) as temp:
+                        net: Any = player.best.net
+                        net.save_pretrained(temp, safe_serialization=True)
+        self.ranks.wait()
+
+    def fit(self) -> None:
+        """Train from where :meth:`start` says to the end.
+
+        Raises:
+            Stopped: a signal arrived; the state was saved.
+            UserError: the run cannot go on.
+        """
+        c, first = self.config, self.start()
+        meter, log = Meter(), None
+        if self.main:
+            log = Log(self.run, step=first, tensorboard=c.log.tensorboard)
+        self.watcher.start(first, c.steps)
+        images, since = 0, time.monotonic()
+        batches = self.batches(first)
+        with self._signals():
+            for step in range(first, c.steps):
+                self.trainer.prepare(step)
+                batch = next(batches)
+                meter.add(self.trainer.step(step, batch))
+                self.health.note(self.trainer.players.values(), step)
+                images += c.batch_size
+                done = step + 1
+                at_row = done % c.log.every_steps == 0 or done == c.steps
+                better = self._look(done, log)
+                if at_row:
+                    rate = images / max(1e-9, time.monotonic() - since)
+                    self._row(done, meter, log, rate)
+                    images, since = 0, time.monotonic()
+                every = c.checkpoint.every_steps
+                if (every and done % every == 0) or done == c.steps or better:
+                    self.save(done)
+                self._obey(done, at_row)
+        self.finish()
+        if log:
+            log.close()
+
+    def _row(self, done: int, meter: Meter, log: Log | None, rate: float) -> None:
+        names, values = meter.means()
+        losses = dict(zip(names, self.ranks.mean(values).tolist(), strict=True))
+        if log:
+            log.row(
+                done,
+                {
+                    "images_per_second": round(rate, 1),
+                    "losses": losses,
+                    "skipped": sum(self.health.skipped.values()),
+                    "memory_bytes": peak_memory_bytes(),
+                },
+            )
+        self.watcher.progress(done, losses, rate)
+
+    def _look(self, done: int, log: Log | None) -> bool:
+        """Pictures and figures where they are due; True if the student was never better."""
+        due = self.watcher.due(done)
+        if not due:
+            return False
+        figures = self.watcher.look(self.trainer, done) if log else {}
+        value = next(iter(figures.values()), float("inf"))
+        better = value < self.best.get("value", float("inf"))
+        if figures and log:
+            log.row(done, {"eval": figures})
+        if better:
+            self.best = {"name": f"step-{done:07d}", "value": value}
+        return bool(self.ranks.mean(torch.tensor(float(better))) > 0)
+
+    def _obey(self, done: int, at_row: bool) -> None:
+        """Save and stop if a signal came; many processes agree on it where they meet anyway."""
+        number = self.signal or 0
+        if self.ranks.world > 1:
+            if not at_row:
+                return
+            number = int(self.ranks.mean(torch.tensor(float(number))).ceil())
+            number = number and (self.signal or signal.SIGTERM)
+        if number:
+            self.save(done)
+            raise Stopped(number)
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        def note(number: int, _: FrameType | None) -> None:
+            self.signal = number
+
+        old = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)

@@ -1,0 +1,162 @@
+"""Phased DMD: distribution matching in phases of noise level, one expert a phase.
+
+The levels 1 = l_0 > l_1 > ... > l_K = 0 cut the noise axis. Expert k maps samples at l_(k-1) to
+samples at l_k in a few Euler steps and matches their distribution at the noisier levels above
+l_k, where both they and the data can be noised further. The fake score of such intermediate
+samples learns from an unbiased target (:class:`stepdistill.losses.distribution.Renoise`) and
+starts anew from the teacher in every phase.
+"""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from typing_extensions import override
+
+from stepdistill.data.batch import Batch
+from stepdistill.diffusion.denoiser import Denoiser, Experts
+from stepdistill.diffusion.guidance import guided
+from stepdistill.diffusion.process import expand
+from stepdistill.diffusion.sampler import full, move
+from stepdistill.diffusion.timesteps import Grid
+from stepdistill.losses.distribution import dmd_direction
+from stepdistill.losses.regression import pull
+from stepdistill.run.player import Player
+from stepdistill.run.rng import Rng
+from stepdistill.trainers.base import Loss, Pass
+from stepdistill.trainers.score.engine import Sample, ScoreConfig, ScoreTrainer
+
+
+class PhasedDMDConfig(ScoreConfig):
+    """Settings of ``phased_dmd``."""
+
+    levels: tuple[float, ...] = Field(
+        (1.0, 0.6, 0.0), description="bounds of the phases, from noise to clean"
+    )
+    phase_steps: int = Field(2, ge=1, description="Euler steps inside a phase")
+    critic_rollout: bool = Field(
+        True, description="train the fake score on whole rollouts, not on the truncated ones"
+    )
+
+
+class PhasedDMDTrainer(ScoreTrainer):
+    """Phased DMD (spec 5.5); with one phase of one step it is ``dmd`` bit for bit."""
+
+    Config = PhasedDMDConfig
+    config: PhasedDMDConfig
+    phase = 0
+
+    def setup(self) -> None:
+        """The first expert and its fake score."""
+        super().setup()
+        self.count = len(self.config.levels) - 1
+        self.phase_length = -(-self.config.steps // self.count)
+        for player in self.players.values():
+            player.total = player.total // self.config.steps * self.phase_length
+
+    @property
+    @override
+    def active(self) -> str:
+        return expert_name(self.phase)
+
+    @override
+    def prepare(self, step: int) -> None:
+        while self.phase < min(step // self.phase_length, self.count - 1):
+            self._next_phase()
+
+    def _next_phase(self) -> None:
+        """Freeze the expert at its averaged weights; a new one and the fake score start over."""
+        self.players[self.active].retire()
+        self.phase += 1
+        self.add_player(
+            self.active, self.teacher, self.config.optim, ema=True, total=self.phase_length
+        )
+        critic = self.players["critic"]
+        critic.load_weights(self.teacher)
+        critic.reset_optimizer()
+
+    def sub_grid(self, phase: int, steps: int) -> Grid:
+        """Times inside a phase, its end included."""
+        top, bottom = self.config.levels[phase], self.config.levels[phase + 1]
+        return tuple(top + (bottom - top) * i / steps for i in range(steps)) + (bottom,)
+
+    @override
+    def grids(self) -> dict[int, Grid]:
+        """One step a phase, and all of them: exits at both are what training teaches."""
+        out: dict[int, Grid] = {}
+        for steps in sorted({1, self.config.phase_steps}):
+            parts = [self.sub_grid(k, steps)[:-1] for k in range(self.count)]
+            out[steps * self.count] = (*(t for part in parts for t in part), 0.0)
+        return out
+
+    @override
+    def students(self) -> list[Player]:
+        return [self.players[expert_name(k)] for k in range(self.phase + 1)]
+
+    @override
+    def best(self) -> Denoiser | Experts:
+        """All experts; levels whose phase is still to come are the teacher's."""
+        made: list[Denoiser] = [player.best for player in self.students()]
+        made += [self.teacher] * (self.count - len(made))
+        return Experts(made, self.config.levels[1:-1])
+
+    def walk(self, den: Denoiser, x: Tensor, times: Grid, batch: Batch) -> Tensor:
+        """Euler steps along ``times``."""
+        for t, r in zip(times, times[1:], strict=False):
+            x = move(den(x, full(x, t), batch.cond), self.process, full(x, r))
+        return x
+
+    @override
+    def generate(self, batch: Batch, rng: Rng, *, exact: bool) -> Sample:
+        c = self.config
+        z = self.z(batch, rng)
+        x = expand(self.process.coefs(full(z, c.levels[0])).sigma, z) * z
+        times = self.sub_grid(self.phase, c.phase_steps)
+        last = c.phase_steps - 1
+        exit_at = last if exact else rng.integer("exit", c.phase_steps)
+        student = self.denoiser(self.active)
+        with torch.no_grad():
+            for k in range(self.phase):
+                expert = self.denoiser(expert_name(k))
+                x = self.walk(expert, x, self.sub_grid(k, c.phase_steps), batch)
+            x = self.walk(student, x, times[: exit_at + 1], batch)
+        pred = student(x, full(x, times[exit_at]), batch.cond)
+        level = times[-1]
+        x_s = pred.x if level == 0 else move(pred, self.process, full(x, level))
+        return Sample(x_s, level, pred.x)
+
+    @override
+    def hand_over(self, made: Sample) -> Sample | None:
+        whole = self.config.critic_rollout and self.config.phase_steps > 1
+        return None if whole else super().hand_over(made)
+
+    @override
+    def compare(self, made: Sample, batch: Batch, rng: Rng) -> Loss:
+        t = self.times(self.config.student_t, made.level, batch, rng)
+        x_s = made.x.detach()
+        x_t = self.kernel(x_s, made.level, t).state(x_s, self.z(batch, rng, "e"))
+        with torch.no_grad():
+            fake = self.denoiser("critic")(x_t, t, batch.cond).x
+            real = guided(self.teacher, x_t, t, batch.cond, self.config.guidance).x
+        loss = pull(made.x, dmd_direction(fake, real, made.reference.detach())).mean()
+        return Loss(loss, {"gap": (fake - real).abs().mean(), "direction": loss})
+
+    @override
+    def passes(self) -> list[Pass]:
+        c = self.config
+        before = self.phase * c.phase_steps
+        rollout = before + (c.phase_steps - 1) / 2
+        whole = c.critic_rollout and c.phase_steps > 1
+        fresh = c.critic_steps - (0 if whole else 1)
+        walks = rollout + fresh * (before + c.phase_steps)
+        own = [p for p in super().passes() if (p.role, p.kind) != ("student", "forward")]
+        return own + ([Pass("student", "forward", walks)] if walks else [])
+
+
+def expert_name(phase: int) -> str:
+    """Player name of a phase's expert: student, student_2, ..."""
+    return "student" if phase == 0 else f"student_{phase + 1}"
+
+
+TRAINER = PhasedDMDTrainer

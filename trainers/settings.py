@@ -1,0 +1,80 @@
+"""The keys that every training config has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from stepdistill.data.images import DataConfig
+from stepdistill.run.player import OptimConfig
+
+
+class Section(BaseModel):
+    """A part of a config that refuses keys it does not know."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class EmaConfig(Section):
+    """Moving average of the student's weights: what is sampled, saved and exported."""
+
+    decay: float = Field(0.998, ge=0, lt=1, description="share of the old average at each update")
+
+
+class LogConfig(Section):
+    """What is written while training."""
+
+    every_steps: int = Field(20, ge=1, description="steps between rows of log.jsonl")
+    tensorboard: bool = Field(True, description="also write TensorBoard files to RUN/tensorboard")
+
+
+class SampleConfig(Section):
+    """Sample grids of student and teacher from the same noise, in RUN/samples."""
+
+    every_steps: int = Field(500, ge=0, description="steps between grids; 0 turns them off")
+    num: int = Field(40, ge=1, description="images in a grid")
+    teacher_steps: int = Field(32, ge=1, description="steps of the teacher's grid")
+
+
+class EvalConfig(Section):
+    """Frechet distance of the student while it trains."""
+
+    every_steps: int = Field(0, ge=0, description="steps between evaluations; 0 turns them off")
+    num: int = Field(1000, ge=2, description="samples of one evaluation")
+    steps: int | None = Field(None, description="sampler steps; the fewest the student has if null")
+    features: str = Field("digits", description="feature space: digits, pixels or inception")
+
+
+class CheckpointConfig(Section):
+    """Checkpoints in RUN/checkpoints, written atomically."""
+
+    every_steps: int = Field(500, ge=0, description="steps between checkpoints; 0: only the last")
+    keep: int = Field(2, ge=1, description="newest checkpoints to keep, besides the best")
+
+
+class TrainConfig(Section):
+    """One training run."""
+
+    method: str = Field(description="a method of `stepdistill methods`")
+    run: Path = Field(description="folder of the run, made if it is not there")
+    seed: int = Field(0, ge=0, description="seed of weights, data order and noise")
+    steps: int = Field(ge=1, description="training steps")
+    batch_size: int = Field(128, ge=1, description="samples of one step over all processes")
+    teacher: str = Field(description="a pipeline folder, a hub name, digits-dit or digits-unet")
+    guidance: float = Field(1.0, ge=0, description="guidance scale of the teacher; 1: off")
+    data: DataConfig = Field(default_factory=DataConfig, description="images")
+    optim: OptimConfig = Field(default_factory=OptimConfig, description="the student's optimizer")
+    ema: EmaConfig = Field(default_factory=EmaConfig, description="average of the weights")
+    log: LogConfig = Field(default_factory=LogConfig, description="rows and curves")
+    sample: SampleConfig = Field(default_factory=SampleConfig, description="pictures")
+    eval: EvalConfig = Field(default_factory=EvalConfig, description="figures while training")
+    checkpoint: CheckpointConfig = Field(
+        default_factory=CheckpointConfig, description="what is kept"
+    )
+    resume: str = Field("never", description="never, auto, or the path of a checkpoint")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the networks' passes")
+    compile: bool = Field(False, description="run networks through torch.compile")
+    xformers: bool = Field(False, description="xformers attention (CUDA only)")
+    device: str = Field("auto", description="auto, cpu, cuda or mps")

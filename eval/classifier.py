@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from stepdistill.data.digits import open_digits
-from stepdistill.run.checkpoint import atomic_folder
 from stepdistill.run.errors import UserError
+from stepdistill.run.files import whole_folder
 
 FEATURES, CLASSES = 64, 10
 _STEPS, _BATCH, _RATE, _NOISE = 800, 128, 3e-3, 0.1
@@ -95,7 +95,7 @@ def accuracy(model: DigitsClassifier, seed: int = 0) -> float:
 
 def save_classifier(model: DigitsClassifier, config: dict[str, object], folder: Path) -> None:
     """Write config.json and model.safetensors, in the place of what was there."""
-    with atomic_folder(folder) as temporary:
+    with whole_folder(folder) as temporary:
         save_file(model.state_dict(), temporary / "model.safetensors")
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 

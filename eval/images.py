@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from stepdistill.data.folder import FolderSet
 from stepdistill.run.errors import UserError
+from stepdistill.run.files import write_bytes
 
 _NUMBERED = re.compile(r"\d{6,}\.png")
 
@@ -113,19 +113,6 @@ def to_uint8(images: Tensor) -> npt.NDArray[np.uint8]:
     return np.ascontiguousarray(scaled.to(torch.uint8).cpu().permute(0, 2, 3, 1).numpy())
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a whole file or nothing: a temporary name, fsync, rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def to_pil(pixels: npt.NDArray[np.uint8]) -> Image.Image:
     """Bytes [H, W, 1 or 3] as a Pillow image."""
     return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
@@ -139,4 +126,4 @@ def _numbered(folder: Path) -> list[Path]:
 def _write_png(path: Path, pixels: npt.NDArray[np.uint8]) -> None:
     buffer = io.BytesIO()
     to_pil(pixels).save(buffer, "PNG")
-    write_atomic(path, buffer.getvalue())
+    write_bytes(path, buffer.getvalue())

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import secrets
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +15,7 @@ from torch import nn
 from stepdistill.pipelines.image import MODEL_NAMES, ImagePipeline
 from stepdistill.pipelines.literal_grid import LiteralGridScheduler
 from stepdistill.run.errors import UserError
+from stepdistill.run.files import whole_folder
 
 INDEX = "model_index.json"
 
@@ -79,35 +76,6 @@ def write_pipeline(
     return out
 
 
-@contextmanager
-def whole_folder(out: Path) -> Iterator[Path]:
-    """A fresh sibling folder that becomes ``out`` when the block ends well, else is removed.
-
-    What was at ``out`` before is put aside until the new folder is in its place.
-    """
-    out = out.absolute()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    mark = secrets.token_hex(4)
-    fresh, aside = (out.with_name(f".{out.name}.{mark}.{kind}") for kind in ("part", "old"))
-    fresh.mkdir()
-    try:
-        yield fresh
-        for path in (*fresh.rglob("*"), fresh):
-            _flush(path)
-        if out.exists():
-            out.rename(aside)
-        try:
-            fresh.rename(out)
-        except OSError:
-            if aside.exists():
-                aside.rename(out)
-            raise
-        _flush(out.parent)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
 def _tidy(folder: Path) -> None:
     """Take this machine's paths out of the configs and give the weights the other files' mode."""
     for config in folder.glob("model*/config.json"):
@@ -116,15 +84,6 @@ def _tidy(folder: Path) -> None:
         config.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
     for weights in folder.rglob("*.safetensors"):
         weights.chmod((folder / INDEX).stat().st_mode)
-
-
-def _flush(path: Path) -> None:
-    """Have the disk hold a file's content or a folder's entries."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _refuse_taken(out: Path, overwrite: bool) -> None:

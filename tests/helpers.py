@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -165,3 +166,49 @@ def saved(made: Trainer) -> tuple[dict[str, dict[str, Tensor]], dict[str, int]]:
         for player, state in made.state().items()
     }
     return tensors, {name: player.updates for name, player in made.players.items()}
+
+
+def same(a: dict[str, dict[str, Tensor]], b: dict[str, dict[str, Tensor]]) -> None:
+    """Equal to the bit, names and all."""
+    assert a.keys() == b.keys()
+    for player in a:
+        assert a[player].keys() == b[player].keys()
+        for name, value in a[player].items():
+            assert torch.equal(value, b[player][name]), f"{player} {name}"
+
+
+def turn_gradients(made: Trainer, step: int) -> list[list[Tensor]]:
+    """The gradients of every turn of a step, without updates."""
+    found, batch = [], batch_of(made, step)
+    for place, turn in enumerate(made.turns(step)):
+        player = made.players[turn.player]
+        with player.turn():
+            turn.loss(batch, Rng(0).at(step, place)).value.backward()
+        found.append([param.grad.clone() for param in player.params])
+        player.optimizer.zero_grad(set_to_none=True)
+    return found
+
+
+def noise(seed: int = 0, shape: tuple[int, ...] = (16, 4)) -> Tensor:
+    """Standard normal noise of a seed; 16 vectors of 4 unless said otherwise."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> None:
+    """Equal to ``tolerance``, or to that share of the values' size where it is above 1."""
+    size = max(1.0, float(b.abs().mean()))
+    torch.testing.assert_close(a / size, b / size, rtol=0, atol=tolerance)
+
+
+def descend(
+    loss: Callable[[Tensor, Tensor], Tensor], start: tuple[float, float], lr: float, steps: int
+) -> tuple[float, float]:
+    """Follow the gradient of loss(mu, u), which freezes what it should, by Adam to rest."""
+    mu, u = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in start)
+    optimizer = torch.optim.Adam([mu, u], lr=lr, betas=(0.0, 0.999))
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
+        optimizer.zero_grad()
+        loss(mu, u).backward()
+        optimizer.step()
+    return float(mu.detach()), abs(float(u.detach()))

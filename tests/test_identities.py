@@ -185,6 +185,21 @@ def test_vp_table_is_the_scheduler_s() -> None:
     close(table.float(), scaled_linear().float(), rtol=1e-5, atol=1e-7)
 
 
+def test_zero_terminal_snr_is_finite() -> None:
+    from diffusers import DDIMScheduler
+
+    table = DDIMScheduler(rescale_betas_zero_snr=True).alphas_cumprod
+    assert float(table[-1]) == 0
+    process = VP(table)
+    c = process.coefs(torch.tensor([0.5, 0.9995, 1.0], dtype=torch.float64))
+    assert all(part.isfinite().all() for part in vars(c).values())
+    assert float(c.alpha[-1]) == pytest.approx(2.0**-12)
+    x, z = samples(3)
+    v = HEADS["v"].output(x, z, c.expand(x))
+    x_t = c.expand(x).alpha * x + c.expand(x).sigma * z
+    close(HEADS["v"].clean(v, x_t, c.expand(x)), x)
+
+
 def test_known_ranges_of_teachers_in_flow_time() -> None:
     def flow_time(process: Process, t: float) -> float:
         return float(RF().time_at(process.log_snr(torch.tensor([t], dtype=torch.float64))))

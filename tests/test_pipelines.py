@@ -22,9 +22,8 @@ from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser, Experts
 from stepdistill.diffusion.process import EDM, RF, VP, Trig
 from stepdistill.diffusion.sampler import sample
-from stepdistill.pipelines import folder as folder_module
 from stepdistill.pipelines.card import model_card
-from stepdistill.pipelines.folder import whole_folder, write_pipeline
+from stepdistill.pipelines.folder import write_pipeline
 from stepdistill.pipelines.image import ImagePipeline
 from stepdistill.pipelines.literal_grid import LiteralGridScheduler
 from stepdistill.pipelines.verify import (
@@ -33,7 +32,9 @@ from stepdistill.pipelines.verify import (
     noise_from_seeds,
     verify_folder,
 )
+from stepdistill.run import files
 from stepdistill.run.errors import UserError
+from stepdistill.run.files import whole_folder
 
 SHAPE = (1, 8, 8)
 SEEDS = [11, 12, 13, 14]
@@ -544,7 +545,7 @@ def test_a_torn_write_leaves_nothing(tmp_path, monkeypatch):
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(folder_module, "_flush", fails)
+        patch.setattr(files, "flush", fails)
         with pytest.raises(OSError, match="no space"):
             write(out, pipe)
     assert list(tmp_path.iterdir()) == []

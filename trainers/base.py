@@ -188,6 +188,8 @@ class Trainer(ABC):
     def step(self, step: int, batch: Batch) -> dict[str, Tensor]:
         """One training step: every turn in order; returns the logs, still on the device."""
         logs: dict[str, Tensor] = {}
+        for player in self.players.values():
+            player.finite = None
         for place, turn in enumerate(self.turns(step)):
             player = self.players[turn.player]
             with player.turn():
@@ -210,7 +212,16 @@ class Trainer(ABC):
         """Go to ``step`` with the players' tensors and update counts of a checkpoint.
 
         The players are those of the last step done: a phase that begins at ``step`` is not begun.
+
+        Raises:
+            UserError: with this config other players train at that step.
         """
         self.prepare(step - 1)
+        if set(updates) != set(self.players):
+            raise UserError(
+                f"steps={self.config.steps}: at step {step} this run trains "
+                f"{', '.join(self.players)}, the checkpoint {', '.join(updates)}; "
+                "set steps back to what it was"
+            )
         for name, player in self.players.items():
             player.load_tensors(tensors[name], updates[name])

@@ -1,4 +1,4 @@
-"""Methods are found by their files, trainers/<family>/<method>.py, which end in ``TRAINER = ...``."""
+"""Methods are found by their files: trainers/<family>/<method>.py, ending in ``TRAINER = ...``."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from stepdistill.data.batch import Batch
 from stepdistill.run import checkpoint
 from stepdistill.run.config import digest, dump
 from stepdistill.run.errors import Stopped, UserError
+from stepdistill.run.files import whole_folder, write_text
 from stepdistill.run.health import Health
 from stepdistill.run.log import Log, Meter, peak_memory_bytes
 from stepdistill.trainers.base import Trainer
@@ -94,19 +95,36 @@ class Loop:
             source = checkpoint.newest(self.folder, self.watcher.say)
         elif resume != "never":
             source = Path(resume)
-        elif checkpoint.found(self.folder) or (self.run / "student").exists():
-            raise UserError(
-                f"run={self.run} already holds a run; resume=auto continues it, "
-                "or choose another folder"
-            )
+        own = source is not None and source.resolve().parent == self.folder.resolve()
+        if not own:
+            self._refuse_taken()
         step = self._restore(source) if source else 0
         self.ranks.wait()
         if self.main:
             self.run.mkdir(parents=True, exist_ok=True)
-            checkpoint.write_text(
+            if own:
+                checkpoint.drop_after(self.folder, step, self.watcher.say)
+            write_text(
                 self.run / "config.yaml", f"# sha256 {digest(self.config)}\n{dump(self.config)}"
             )
         return step
+
+    def _refuse_taken(self) -> None:
+        """Stop before a run that is not continued is written over."""
+        auto = self.config.resume == "auto"
+        marks = ["student"] if auto else ["student", "log.jsonl", "config.yaml"]
+        held = next((name for name in marks if (self.run / name).exists()), None)
+        if held is None and (auto or not checkpoint.found(self.folder)):
+            return
+        if auto:
+            raise UserError(
+                f"run={self.run} is finished and holds no complete checkpoint to go on from; "
+                "choose another folder"
+            )
+        raise UserError(
+            f"run={self.run} already holds a run; resume=auto continues it, "
+            "or choose another folder"
+        )
 
     def _restore(self, source: Path) -> int:
         saved = checkpoint.load(source)
@@ -116,6 +134,11 @@ class Loop:
             raise UserError(
                 f"checkpoint {source} was made with other settings of {', '.join(changed)}; "
                 "set them back, or start a new run"
+            )
+        if saved.step > self.config.steps:
+            raise UserError(
+                f"steps={self.config.steps}: checkpoint {source} has done {saved.step} already; "
+                "set steps to that or more"
             )
         self.trainer.load_state(saved.step, saved.tensors, saved.meta["updates"])
         self.health = Health(saved.meta["skipped"])
@@ -143,7 +166,7 @@ class Loop:
         if self.main:
             for name, player in self.trainer.players.items():
                 if name.startswith("student"):
-                    with checkpoint.atomic_folder(self.run / name) as temp:
+                    with whole_folder(self.run / name) as temp:
                         net: Any = player.best.net
                         net.save_pretrained(temp, safe_serialization=True)
         self.ranks.wait()
@@ -156,33 +179,37 @@ class Loop:
             UserError: the run cannot go on.
         """
         c, first = self.config, self.start()
-        meter, log = Meter(), None
-        if self.main:
-            log = Log(self.run, step=first, tensorboard=c.log.tensorboard)
-        self.watcher.start(first, c.steps)
-        images, since = 0, time.monotonic()
-        batches = self.batches(first)
-        with self._signals():
-            for step in range(first, c.steps):
-                self.trainer.prepare(step)
-                batch = next(batches)
-                meter.add(self.trainer.step(step, batch))
-                self.health.note(self.trainer.players.values(), step)
-                images += c.batch_size
-                done = step + 1
-                at_row = done % c.log.every_steps == 0 or done == c.steps
-                better = self._look(done, log)
-                if at_row:
-                    rate = images / max(1e-9, time.monotonic() - since)
-                    self._row(done, meter, log, rate)
-                    images, since = 0, time.monotonic()
-                every = c.checkpoint.every_steps
-                if (every and done % every == 0) or done == c.steps or better:
-                    self.save(done)
-                self._obey(done, at_row)
+        log = Log(self.run, step=first, tensorboard=c.log.tensorboard) if self.main else None
+        try:
+            batches = self.batches(first)
+            self.watcher.start(first, c.steps)
+            with self._signals():
+                self._steps(first, batches, log)
+        finally:
+            if log:
+                log.close()
         self.finish()
-        if log:
-            log.close()
+
+    def _steps(self, first: int, batches: Iterator[Batch], log: Log | None) -> None:
+        c, meter = self.config, Meter()
+        images, since = 0, time.monotonic()
+        for step in range(first, c.steps):
+            self.trainer.prepare(step)
+            batch = next(batches)
+            meter.add(self.trainer.step(step, batch))
+            self.health.note(self.trainer.players.values(), step)
+            images += c.batch_size
+            done = step + 1
+            at_row = done % c.log.every_steps == 0 or done == c.steps
+            better = self._look(done, log)
+            if at_row:
+                rate = images / max(1e-9, time.monotonic() - since)
+                self._row(done, meter, log, rate)
+                images, since = 0, time.monotonic()
+            every = c.checkpoint.every_steps
+            if (every and done % every == 0) or done == c.steps or better:
+                self.save(done)
+            self._obey(done, at_row)
 
     def _row(self, done: int, meter: Meter, log: Log | None, rate: float) -> None:
         names, values = meter.means()
@@ -201,8 +228,7 @@ class Loop:
 
     def _look(self, done: int, log: Log | None) -> bool:
         """Pictures and figures where they are due; True if the student was never better."""
-        due = self.watcher.due(done)
-        if not due:
+        if not self.watcher.due(done):
             return False
         figures = self.watcher.look(self.trainer, done) if log else {}
         value = next(iter(figures.values()), float("inf"))

@@ -205,5 +205,5 @@ def show(
     console.print(
         f"step / (passes + optimizers) = {medians['ratio']:.3f} "
         f"(middle half {spread[0]:.3f} to {spread[1]:.3f}); networks held {networks} "
-        f"(averages counted); peak memory {peak_memory_bytes() / 2**20:.0f} MiB; {threads} thread(s)"
+        f"(averages counted); peak memory {peak_memory_bytes() / 2**20:.0f} MiB; threads {threads}"
     )

@@ -88,10 +88,12 @@ def number(value: float) -> str:
     """Three significant digits, without an exponent where that reads well."""
     size = abs(value)
     if size >= 99.95:
-        return f"{value:,.0f}" if size < 1e6 else f"{value:.1e}"
-    if size >= 9.995:
-        return f"{value:.1f}"
-    return f"{value:.2f}" if size >= 0.0995 or size == 0 else f"{value:.2g}"
+        form = ",.0f" if size < 1e6 else ".1e"
+    elif size >= 9.995:
+        form = ".1f"
+    else:
+        form = ".2f" if size >= 0.0995 or size == 0 else ".2g"
+    return format(value, form).replace("-", "−")
 
 
 def time_chart(
@@ -173,9 +175,9 @@ def ladder_chart(
     return _svg(name, width, height, parts, "ladder")
 
 
-def squares(count: int) -> str:
-    """As many small squares as there are steps, at most 8 in a row and 64 in all."""
-    shown = min(count, 64)
+def squares(steps: int) -> str:
+    """As many small squares as steps, at most 8 in a row and 64 in all."""
+    shown = min(steps, 64)
     columns, rows = min(shown, 8), math.ceil(shown / 8)
     path = "".join(f"M{6 * (n % 8)} {6 * (n // 8)}h4v4h-4z" for n in range(shown))
     width, height = 6 * columns - 2, 6 * rows - 2
@@ -185,9 +187,27 @@ def squares(count: int) -> str:
     )
 
 
+def count(steps: float) -> str:
+    """Write a number of steps, as 4 steps."""
+    return f"{steps:g} step{'' if steps == 1 else 's'}"
+
+
 def finite(points: Iterable[Point]) -> list[Point]:
     """The points whose both numbers are finite."""
     return [(at, value) for at, value in points if math.isfinite(at) and math.isfinite(value)]
+
+
+def thinned(points: Sequence[Point]) -> list[Point]:
+    """Fewer points with the same outline: of each run of neighbours the lowest and highest."""
+    run = math.ceil(2 * len(points) / _FINEST)
+    if run <= 2:
+        return list(points)
+    kept = []
+    for start in range(0, len(points), run):
+        here = points[start : start + run]
+        ends = {min(here, key=lambda point: point[1]), max(here, key=lambda point: point[1])}
+        kept += sorted(ends)
+    return kept
 
 
 def running_mean(points: list[Point]) -> list[Point]:
@@ -220,7 +240,7 @@ def _axes(
     base, parts = y.start, []
     for value in y.ticks():
         parts.append(_line(left, y(value), x.stop, y(value), "rule"))
-        parts.append(_text(left - 8, y(value) + 4, f"{value:g}", "tick", "end"))
+        parts.append(_text(left - 8, y(value) + 4, f"{value:g}".replace("-", "−"), "tick", "end"))
     for value in x.ticks() if at is None else at:
         parts.append(_line(x(value), base, x(value), base + 4, "mark"))
         parts.append(_text(x(value), base + 18, f"{value:g}", "tick", "middle"))
@@ -231,7 +251,7 @@ def _axes(
 
 def _series(series: Series, x: Scale, y: Scale) -> str:
     dots = (
-        _dot(x(step), y(value), f"{series.name}, {step:g} steps: FD {number(value)}", 4.5)
+        _dot(x(step), y(value), f"{series.name}, {count(step)}: FD {number(value)}", 4.5)
         for step, value in series.points
     )
     return f'<g class="{series.colour}">{_path(series.points, x, y, "line")}{"".join(dots)}</g>'
@@ -267,10 +287,10 @@ def apart(places: Sequence[float]) -> list[float]:
 
 
 def _path(points: Sequence[Point], x: Scale, y: Scale, kind: str) -> str:
-    stride = math.ceil(len(points) / _FINEST) or 1
-    drawn = [*points[:-1:stride], *points[-1:]]
-    steps = (f"{x(at):.1f} {y(value):.1f}" for at, value in drawn)
-    return f'<path class="{kind}" d="M{"L".join(steps)}"/>' if len(drawn) > 1 else ""
+    if len(points) < 2:
+        return ""
+    steps = (f"{x(at):.1f} {y(value):.1f}" for at, value in thinned(points))
+    return f'<path class="{kind}" d="M{"L".join(steps)}"/>'
 
 
 def _dot(x: float, y: float, title: str, radius: float = 3.2) -> str:

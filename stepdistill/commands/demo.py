@@ -26,8 +26,8 @@ from stepdistill.eval.images import save_grid
 from stepdistill.eval.runner import Reference, Row
 from stepdistill.eval.table import results_table
 from stepdistill.run.assets import teacher_path
-from stepdistill.run.checkpoint import write_text
 from stepdistill.run.errors import CheckFailed, UserError
+from stepdistill.run.files import write_text
 
 METHODS = ("sim", "dmd", "phased_dmd", "consistency", "reflow")
 TEACHER, TEACHER_STEPS, SEED = "digits-dit", (1, 2, 4, 32), 0
@@ -177,7 +177,8 @@ def curve(run: Path, method: str, teacher_fd: float) -> Curve:
     for row in read_log(run):
         if "losses" in row:
             name = next(n for n in row["losses"] if n.split("/")[1] in ("loss", "gap"))
-            loss.append((row["seconds"], row["losses"][name]))
+            if row["losses"][name] is not None:  # not a row of skipped steps
+                loss.append((row["seconds"], row["losses"][name]))
         else:
             fd.append((row["seconds"], next(iter(row["eval"].values()))))
     return Curve(method=method, loss=loss, fd=fd, teacher_fd=teacher_fd)

@@ -56,9 +56,10 @@ def doctor() -> int:
 def device_line() -> str:
     """The device that `device: auto` takes."""
     if torch.cuda.is_available():
+        count, name = torch.cuda.device_count(), torch.cuda.get_device_name(0)
         memory = torch.cuda.get_device_properties(0).total_memory / 2**30
         bf16 = "bf16" if torch.cuda.is_bf16_supported() else "no bf16"
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}, {memory:.0f} GiB, {bf16}"
+        return f"{count} x {name}, {memory:.0f} GiB, {bf16}"
     if torch.backends.mps.is_available():
         return "Apple GPU (mps)"
     return f"CPU, {torch.get_num_threads()} threads"

@@ -22,8 +22,8 @@ from stepdistill.eval.runner import Reference, Row
 from stepdistill.eval.runner import evaluate as figures_of
 from stepdistill.eval.table import results_table
 from stepdistill.run.assets import teacher_path
-from stepdistill.run.checkpoint import write_text
 from stepdistill.run.errors import UserError
+from stepdistill.run.files import write_text
 
 
 def device_of() -> str:

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from stepdistill.commands import charts
-from stepdistill.commands.charts import Point, Series, number, squares
+from stepdistill.commands.charts import Point, Series, count, number, squares
 from stepdistill.commands.report_style import STYLE
-from stepdistill.commands.report_table import Figures, count, known, results_table, times
-from stepdistill.run.checkpoint import write_text
+from stepdistill.commands.report_table import Figures, known, results_table, times
 from stepdistill.run.errors import UserError
+from stepdistill.run.files import write_text
 
 _COLOURS = 6
 _PNG = b"\x89PNG\r\n\x1a\n"
-_SHOWN, _PHONE = 216, 168  # about the width of a sample grid in pixels
+_SHOWN = 280  # a sample grid is at most so wide, in pixels
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,9 @@ def write_report(
         UserError: there is no row of the teacher, or a grid is not a PNG.
     """
     figures = Figures.of(rows)
-    names = [*(row["method"] for row in figures.students), *(curve.method for curve in curves)]
-    colours = {name: f"m{n % _COLOURS}" for n, name in enumerate(dict.fromkeys(names))}
+    methods = [*(row["method"] for row in rows), *(curve.method for curve in curves)]
+    names = [name for name in dict.fromkeys(methods) if name != "teacher"]
+    colours = {name: f"m{n % _COLOURS}" for n, name in enumerate(names)}
     body = [
         _header(title, intro, figures, colours),
         results_table(figures, colours),
@@ -133,9 +134,7 @@ def _ladders(figures: Figures, colours: Mapping[str, str]) -> str:
     teacher = Series("teacher", "mt", [(n, row["fd"]) for n, row in figures.teacher.items()])
     students = []
     for name in dict.fromkeys(row["method"] for row in figures.students):
-        mine = sorted(
-            (row for row in figures.students if row["method"] == name), key=lambda row: row["steps"]
-        )
+        mine = [row for row in figures.students if row["method"] == name]
         points = [(float(row["steps"]), row["fd"]) for row in mine if (known(row["fd"]) or 0) > 0]
         students.append(Series(name, colours[name], points))
     students = [one for one in students if one.points]
@@ -152,11 +151,12 @@ def _grids(grids: Sequence[Grid]) -> str:
         if not grid.png.startswith(_PNG):
             raise UserError(f"report: the grid {grid.title!r} is not a PNG")
         width, height = (int.from_bytes(grid.png[at : at + 4], "big") for at in (16, 20))
-        enlarge, phone = max(1, round(_SHOWN / width)), max(1, _PHONE // width)
-        size = f'width="{width}" height="{height}" style="--w:{width}px'
+        large = width > _SHOWN
+        shown = width / math.ceil(width / _SHOWN) if large else width * (_SHOWN // width)
         figures.append(
-            f'<figure><img alt="samples of {escape(grid.title)}" {size};--times:{enlarge};'
-            f'--phone:{phone}" src="data:image/png;base64,{b64encode(grid.png).decode()}">'
+            f'<figure><img alt="samples of {escape(grid.title)}" width="{width}" height="{height}"'
+            f' class="{"large" if large else "small"}" style="width:{shown:.0f}px"'
+            f' src="data:image/png;base64,{b64encode(grid.png).decode()}">'
             f"<figcaption><h3>{escape(grid.title)}</h3><span>{escape(grid.caption)}</span>"
             "</figcaption></figure>"
         )

@@ -4,13 +4,13 @@ STYLE = """
 :root {
   color-scheme: light dark;
   --page: #fafbfc; --ink: #17212b; --soft: #5b6874; --faint: #a9b3bd; --line: #e2e7ec;
-  --fill: #d3dae1; --good: #11774c; --wash: #eaf5ef; --bad: #b23c26;
+  --good: #11774c; --wash: #eaf5ef; --bad: #b23c26;
   --c0: #2566cf; --c1: #b35c0c; --c2: #0b827e; --c3: #a93a8b; --c4: #6a4fd0; --c5: #66740f;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --page: #11161c; --ink: #e7ecf1; --soft: #9aa6b2; --faint: #5d6975; --line: #29323c;
-    --fill: #3a4652; --good: #55c78f; --wash: #14281f; --bad: #f28d74;
+    --good: #55c78f; --wash: #14281f; --bad: #f28d74;
     --c0: #7caefc; --c1: #eba55c; --c2: #48c5bd; --c3: #e68fca; --c4: #b0a1f7; --c5: #b9c85e;
   }
 }
@@ -36,11 +36,11 @@ section { margin-top: 88px }
 .note { color: var(--soft) }
 code { font: .92em ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace }
 
-.glance { display: grid; grid-template-columns: minmax(0, 4fr) minmax(0, 7fr); gap: 56px;
+.glance { display: grid; grid-template-columns: minmax(300px, 4fr) minmax(0, 7fr); gap: 56px;
   align-items: start; margin-top: 48px }
 .glance h2 { font-size: 16px; line-height: 1.5; letter-spacing: 0; margin: 0 0 4px }
 .best { list-style: none; margin: 16px 0 0; padding: 0 }
-.best li { display: grid; grid-template-columns: 84px 1fr; column-gap: 20px; padding: 18px 0;
+.best li { display: grid; grid-template-columns: 76px 1fr; column-gap: 16px; padding: 18px 0;
   border-top: 1px solid var(--line) }
 .best .budget { padding-top: 9px }
 .budget { color: var(--soft); font-size: 14px; line-height: 1.3 }
@@ -52,6 +52,7 @@ code { font: .92em ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono",
 .small b { color: var(--ink); font-weight: 600 }
 .key::before { content: ""; display: inline-block; width: 9px; height: 9px; border-radius: 50%;
   background: var(--m); margin-right: 9px }
+td .key { white-space: nowrap }
 .mt.key::before { background: none; border: 2px solid var(--m) }
 
 svg.chart { display: block; width: 100%; height: auto; overflow: visible }
@@ -72,7 +73,7 @@ svg.chart { display: block; width: 100%; height: auto; overflow: visible }
 
 table { width: 100%; border-collapse: collapse; margin-top: 28px; font-size: 15px }
 thead th { font-weight: 500; font-size: 13.5px; line-height: 1.35; color: var(--soft);
-  vertical-align: bottom; padding: 0 10px 10px; text-align: right }
+  vertical-align: bottom; white-space: nowrap; padding: 0 10px 10px; text-align: right }
 th:first-child, td:first-child { text-align: left; padding-left: 0 }
 th:last-child, td:last-child { padding-right: 0 }
 td { padding: 10px; text-align: right; white-space: nowrap;
@@ -84,10 +85,11 @@ tr.teacher td { color: var(--soft) }
 tr.better td { background: var(--wash) }
 tr.better td:first-child { box-shadow: -14px 0 0 var(--wash) }
 tr.better td:last-child { box-shadow: 14px 0 0 var(--wash) }
-td.method { font-weight: 600 }
-td.method small { font-weight: 400; margin-left: 4px }
+td.method { font-weight: 600; white-space: normal }
+td.method div { display: flex; flex-wrap: wrap; align-items: baseline; gap: 0 10px }
+td.method small { font-weight: 400; overflow-wrap: anywhere }
 td.fd { font-weight: 600 }
-.mark { color: var(--good); font-size: 13px; font-weight: 600; margin-left: 12px }
+.mark { color: var(--good); font-size: 13px; font-weight: 600; white-space: nowrap }
 .worse { color: var(--bad); font-weight: 600 }
 td small.worse { color: var(--bad) }
 .withbar { display: inline-flex; align-items: center; gap: 12px }
@@ -103,9 +105,9 @@ td small.worse { color: var(--bad) }
 
 .grids { display: flex; flex-wrap: wrap; gap: 44px 56px; margin-top: 32px }
 figure { margin: 0 }
-.grids figure { width: min-content; min-width: 180px }
-.grids img { display: block; width: calc(var(--w) * var(--times)); max-width: calc(100vw - 64px);
-  height: auto; image-rendering: pixelated; border-radius: 3px }
+.grids figure { min-width: 180px; max-width: 280px }
+.grids img { display: block; max-width: 100%; height: auto; border-radius: 3px }
+.grids .small { image-rendering: pixelated }
 .grids figcaption { margin-top: 12px }
 .grids figcaption span { display: block; font-size: 14px; line-height: 1.45; color: var(--soft) }
 
@@ -120,6 +122,12 @@ dt, dd { margin: 0; padding: 10px 0; border-top: 1px solid var(--line) }
 dt { color: var(--soft) }
 dd { overflow-wrap: anywhere; white-space: pre-wrap }
 
+@media (max-width: 1140px) {
+  .mark { flex-basis: 100% }
+  .bar { width: 72px }
+  .bar.off { display: none }
+  td, thead th { padding-left: 7px; padding-right: 7px }
+}
 @media (max-width: 860px) {
   main { padding: 44px 20px 64px }
   h1 { font-size: 31px }
@@ -129,9 +137,8 @@ dd { overflow-wrap: anywhere; white-space: pre-wrap }
   .wide { display: none } .narrow { display: block }
   .run { grid-template-columns: minmax(0, 1fr); gap: 18px; padding: 26px 0 }
   .grids { display: grid; grid-template-columns: 1fr 1fr; gap: 30px 20px }
-  .grids figure { width: auto; min-width: 0 }
+  .grids figure { min-width: 0 }
   .grids h3 { font-size: 15px }
-  .grids img { width: calc(var(--w) * var(--phone)); max-width: 100% }
   dl { grid-template-columns: minmax(0, 1fr) }
   dd { border: 0; padding-top: 0 } dt { padding-bottom: 2px }
 
@@ -144,14 +151,14 @@ dd { overflow-wrap: anywhere; white-space: pre-wrap }
     padding-right: 12px !important }
   td, td:first-child { border: 0; padding: 0; text-align: left; background: none !important }
   td.method { flex: 1 1 0 } td.fd { text-align: right }
-  .mark { display: block; margin: 0 }
   td.ratio { flex: 1 0 100%; margin: 2px 0 4px }
   td.ratio .withbar { display: flex } td.ratio .bar { flex: 1 }
   td.ratio .withbar > span:last-child { text-align: right }
   td[data-label]:not(.ratio)::before { content: attr(data-label) " "; color: var(--soft);
     font-weight: 400; font-size: 13px }
   td:not(.method):not(.fd):not(.ratio) { font-size: 13.5px }
-  .bar.off, td.none { display: none !important }
+  td:nth-child(5), td:nth-child(6) { order: 1 }
+  td.blank { display: none !important }
   .withbar > span:last-child { min-width: 0 }
 }
 """

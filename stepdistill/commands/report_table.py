@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from stepdistill.commands.charts import number, squares
+from stepdistill.commands.charts import count, number, squares
 from stepdistill.run.errors import UserError
 
 
@@ -37,14 +37,13 @@ class Figures:
         Raises:
             UserError: none is the teacher's with an FD above zero.
         """
-        mine = sorted(
-            (row for row in rows if row["method"] == "teacher"), key=lambda row: row["steps"]
-        )
+        by_steps = sorted(rows, key=lambda row: int(row["steps"]))
+        mine = [row for row in by_steps if row["method"] == "teacher"]
         teacher = {row["steps"]: row for row in mine if (known(row["fd"]) or 0) > 0}
         if not teacher:
             raise UserError('report: no row with method "teacher" and an fd above zero')
         most = max(teacher)
-        students = [row for row in rows if row["method"] != "teacher"]
+        students = [row for row in by_steps if row["method"] != "teacher"]
         return cls(rows, teacher, students, most, teacher[most]["fd"])
 
     def ratio(self, row: Mapping[str, Any]) -> float | None:
@@ -87,7 +86,7 @@ def results_table(figures: Figures, colours: Mapping[str, str]) -> str:
     )
     head = "".join(f'<th role="columnheader" scope="col">{text}</th>' for text in heads)
     ratios = [ratio for row in figures.students if (ratio := figures.ratio(row)) is not None]
-    longest = 1.08 * max([1.25, *ratios])
+    longest = 1.08 * min(8.0, max([1.25, *ratios]))
     groups = []
     for steps in sorted({row["steps"] for row in figures.rows}):
         here = [row for row in figures.rows if row["steps"] == steps]
@@ -115,10 +114,10 @@ def _what_fd_is(figures: Figures) -> str:
         f"scikit-learn in the feature space {spaces}. It is not FID, which is measured in "
         "another feature space, and the two cannot be compared.</p>"
         '<p class="note">Each long bar is FD as a multiple of the teacher’s at '
-        f"{count(figures.most)}, which is the mark in it; students below 1 are named. KID is the "
-        "kernel distance in the same feature space; lower is better for both. Diversity is the "
-        "mean pairwise distance of the samples’ pixels, each with its difference to the teacher’s "
-        f"at {count(figures.most)}.</p>"
+        f"{count(figures.most)}, which is the mark in it; a student below 1 is better than that. "
+        "KID is the kernel distance in the same feature space; lower is better for both. "
+        "Diversity is the mean pairwise distance of the samples’ pixels, each with its difference "
+        f"to the teacher’s at {count(figures.most)}.</p>"
     )
 
 
@@ -133,12 +132,12 @@ def _row(
     colour = "mt" if is_teacher else colours[method]
     seconds, kid = known(row["train_seconds"]), known(row["kid"])
     cells = [
-        f'<td class="method" role="cell"><span class="key {colour}">{escape(method)}</span>'
-        f"{model}{mark}</td>",
+        f'<td class="method" role="cell"><div><span class="key {colour}">{escape(method)}</span>'
+        f"{model}{mark}</div></td>",
         _cell("FD", _shown(known(row["fd"])), "fd"),
         _cell("r", "" if ratio is None else _ratio_bar(ratio, longest, colour), "ratio"),
         _cell("teacher, same steps", "" if is_teacher else _beside(row, figures)),
-        _cell("KID", "" if kid is None else f"{1000 * kid:.2f}".replace("-", "−")),
+        _cell("KID × 1000", "" if kid is None else f"{1000 * kid:.2f}".replace("-", "−")),
         _cell("diversity", _diversity(row, figures, colour)),
         _cell("trained", "" if seconds is None else f"{seconds:,.0f} s"),
     ]
@@ -147,7 +146,7 @@ def _row(
 
 
 def _cell(label: str, text: str, kind: str = "") -> str:
-    kind = kind if text else f"{kind} none".strip()
+    kind = kind if text else f"{kind} blank".strip()
     return f'<td class="{kind}" role="cell" data-label="{label}">{text or "–"}</td>'
 
 
@@ -202,8 +201,3 @@ def times(ratio: float) -> str:
     """Write a multiple, as 1.35×."""
     places = 2 if ratio < 9.95 else 1 if ratio < 99.5 else 0
     return f"{ratio:,.{places}f}×"
-
-
-def count(steps: int) -> str:
-    """Write a number of steps, as 4 steps."""
-    return f"{steps} step{'' if steps == 1 else 's'}"

@@ -35,9 +35,14 @@ def train(name: str, overrides: Sequence[str] = ()) -> Path:
 
     Raises:
         UserError: bad input.
-        stepdistill.trainers.loop.Stopped: a signal came; the state was saved.
+        stepdistill.run.errors.Stopped: a signal came; the state was saved.
     """
     cls, config = read_config(name, overrides)
+    if not config.teacher:
+        raise UserError(
+            f"{name}: {config.method} trains from scratch, without a teacher; use "
+            "`stepdistill teacher`"
+        )
     return fit(cls, config)
 
 
@@ -51,19 +56,21 @@ def fit(cls: type[Trainer], config: TrainConfig, fresh: Denoiser | None = None) 
     if config.xformers:
         enable_xformers(teacher.net)
     watch = Watch(config, main=processes.main)
-    trainer = cls(
-        config,
-        teacher,
-        rank=processes.rank,
-        world=processes.world,
-        wrap=processes.wrap,
-        autocast=processes.autocast,
-    )
-    source = Source(trainer, processes, watch)
     try:
+        trainer = cls(
+            config,
+            teacher,
+            rank=processes.rank,
+            world=processes.world,
+            wrap=processes.wrap,
+            autocast=processes.autocast,
+        )
+        watch.prepare(trainer)
+        source = Source(trainer, processes, watch)
         Loop(trainer, source.batches, processes, watch).fit()
     finally:
         watch.close()
+        processes.close()
     return Path(config.run)
 
 
@@ -91,7 +98,7 @@ class Source:
         if self.images is not None:
             return self._of_images(self.images, start)
         if self.trainer.needs == "pairs":
-            return self._of_pairs(start)
+            return self._of_pairs(self._pairs(), start)
         return (self.trainer.batch(step) for step in range(start, self.trainer.config.steps))
 
     def _of_images(self, images: ImageSet, start: int) -> Iterator[Batch]:
@@ -110,11 +117,14 @@ class Source:
             for step, x, label in loader:
                 yield self.trainer.batch(step, x, label)
 
-    def _of_pairs(self, start: int) -> Iterator[Batch]:
-        c, p = self.trainer.config, self.processes
+    def _pairs(self) -> PairStore:
+        """The store of a reflow config, made where it is missing."""
+        c, teacher = self.trainer.config, self.trainer.teacher
         assert isinstance(c, ReflowConfig)
-        teacher = self.trainer.teacher
-        store = PairStore(make(c, teacher, p, self.watch), plan_of(c, teacher))
+        return PairStore(make(c, teacher, self.processes, self.watch), plan_of(c, teacher))
+
+    def _of_pairs(self, store: PairStore, start: int) -> Iterator[Batch]:
+        c, p = self.trainer.config, self.processes
         part = share(c.batch_size, p.rank, p.world)
         for step in range(start, c.steps):
             tensors = store.batch(step, c.batch_size, c.seed, part)
@@ -128,6 +138,11 @@ def check_fit(images: ImageSet, teacher: Denoiser) -> None:
         raise UserError(
             f"data.source={images.name}: images are {images.shape}, the network takes "
             f"{teacher.sample_shape}; set data.size and data.channels"
+        )
+    if teacher.classes and not images.classes:
+        raise UserError(
+            f"data.source={images.name} has no class labels, and the teacher takes one of "
+            f"{len(teacher.classes)}; sort the images into class folders or give a metadata file"
         )
     if teacher.classes and len(images.classes) > len(teacher.classes):
         raise UserError(

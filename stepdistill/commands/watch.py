@@ -19,6 +19,7 @@ from stepdistill.eval.features import extract, load_features
 from stepdistill.eval.frechet import Stats, frechet_distance
 from stepdistill.eval.images import save_grid
 from stepdistill.eval.runner import Reference
+from stepdistill.run.errors import UserError
 from stepdistill.run.log import peak_memory_bytes
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Trainer
@@ -41,7 +42,23 @@ class Watch:
         self.live = main and self.console.is_terminal
         self._bar: Progress | None = None
         self._reference: Reference | None = None
+        self._teacher_images: torch.Tensor | None = None
         self._told = 0.0
+
+    def prepare(self, trainer: Trainer) -> None:
+        """Check before the training what will be drawn and judged while it runs.
+
+        Raises:
+            UserError: steps that the student has no grid for, or no such features or images.
+        """
+        steps, known = self.config.eval.steps, sorted(trainer.grids())
+        if steps is not None and steps not in known:
+            names = ", ".join(map(str, known))
+            raise UserError(f"eval.steps={steps}: this student samples in {names} steps")
+        if self.main and self.config.eval.every_steps:
+            data, c = open_data(self.config.data), self.config.eval
+            features = load_features(c.features, trainer.device, shape=data.shape)
+            self._reference = Reference(data, features)
 
     def start(self, step: int, total: int) -> None:
         """See :class:`stepdistill.trainers.loop.Watcher`."""
@@ -85,7 +102,7 @@ class Watch:
     def say(self, text: str) -> None:
         """See :class:`stepdistill.trainers.loop.Watcher`."""
         if self.main:
-            self.console.print(text, highlight=False)
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def close(self) -> None:
         """Take the bar down."""
@@ -112,23 +129,28 @@ class Watch:
 
     def picture(self, trainer: Trainer, step: int) -> None:
         """One grid: the teacher's images above, the student's from the same noise below."""
-        num = self.config.sample.num
-        z, cond, index = watch_noise(trainer, num, self.config.seed)
-        steps = min(trainer.grids())
-        rows = [trainer.draw(z, cond, steps, Rng(self.config.seed), index)]
-        if trainer.players["student"].denoiser is not trainer.teacher:
-            rows.insert(0, many_steps(trainer.teacher, z, cond, self.config.sample.teacher_steps))
-        columns = max(1, num // 4)
-        path = Path(self.config.run) / "samples" / f"step-{step:07d}.png"
+        c = self.config
+        columns = max(1, c.sample.num // 4)
+        num = c.sample.num // columns * columns
+        z, cond, index = watch_noise(trainer, num, c.seed)
+        rows = [trainer.draw(z, cond, self.steps(trainer), Rng(c.seed), index)]
+        if c.teacher:  # else the network trains from scratch
+            if self._teacher_images is None:
+                steps = c.sample.teacher_steps
+                self._teacher_images = many_steps(trainer.teacher, z, cond, steps, c.guidance)
+            rows.insert(0, self._teacher_images)
+        path = Path(c.run) / "samples" / f"step-{step:07d}.png"
         images = torch.cat(rows).clamp(-1, 1).cpu()
         save_grid(images, path, columns=columns, overwrite=True)
 
+    def steps(self, trainer: Trainer) -> int:
+        """Steps of the student's samples: ``eval.steps``, or the fewest that it has."""
+        return self.config.eval.steps or min(trainer.grids())
+
     def judge(self, trainer: Trainer) -> dict[str, float]:
         """Frechet distance of the student's samples to the data, in the config's features."""
-        c = self.config.eval
-        if self._reference is None:
-            self._reference = Reference(open_data(self.config.data), load_features(c.features))
-        steps = c.steps or min(trainer.grids())
+        c, steps = self.config.eval, self.steps(trainer)
+        assert self._reference is not None
         z, cond, index = watch_noise(trainer, c.num, self.config.seed)
         images = [
             trainer.draw(z[part], cond.rows(part), steps, Rng(self.config.seed), index[part])
@@ -148,6 +170,8 @@ def watch_noise(trainer: Trainer, num: int, seed: int) -> tuple[torch.Tensor, Co
 
 
 @torch.no_grad()
-def many_steps(teacher: Denoiser, z: torch.Tensor, cond: Cond, steps: int) -> torch.Tensor:
+def many_steps(
+    teacher: Denoiser, z: torch.Tensor, cond: Cond, steps: int, guidance: float
+) -> torch.Tensor:
     """The teacher's images by Euler's method."""
-    return sample(teacher, z, uniform_grid(teacher.process, steps), cond)
+    return sample(teacher, z, uniform_grid(teacher.process, steps), cond, guidance=guidance)

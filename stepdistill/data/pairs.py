@@ -19,8 +19,8 @@ from torch import Tensor
 
 from stepdistill.data.order import batch_positions
 from stepdistill.diffusion.cond import Cond
-from stepdistill.run.checkpoint import sync, write_text
 from stepdistill.run.errors import UserError
+from stepdistill.run.files import flush, write_text
 from stepdistill.run.rng import Rng
 
 MANIFEST = "manifest.json"
@@ -153,9 +153,9 @@ def _write(root: Path, plan: PairPlan, shard: int, x: Tensor) -> None:
     path = shard_path(root, shard)
     temp = path.with_name(f".tmp-{path.name}")
     save_file({"x": x.contiguous(), "label": plan.labels(index)}, temp, metadata=meta)
-    sync(temp)
+    flush(temp)
     temp.replace(path)
-    sync(root)
+    flush(root)
 
 
 class PairStore:

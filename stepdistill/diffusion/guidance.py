@@ -24,7 +24,7 @@ def guided(
     Raises:
         ValueError: guidance is asked of a network that has no "no class" label.
     """
-    if isinstance(scale, float) and scale == 1.0:
+    if not isinstance(scale, Tensor) and scale == 1:
         return den(x_t, t, cond)  # type: ignore[no-any-return]
     if den.null_label is None:
         raise ValueError("guidance: the teacher has no label that means 'no class'; set it to 1.0")

@@ -174,14 +174,15 @@ class VP(Process):
 
     Time is (k + 1) / K for the table's index k = 0 .. K-1, so that t = 1 is its noisiest entry,
     t = 0 is exactly clean, and an even grid from 1 to 0 is the schedulers' "trailing" spacing.
-    Between entries ln n is linear in t (below the first entry n itself is).
+    Between entries ln n is linear in t (below the first entry n itself is). An entry of 0 (zero
+    terminal SNR) is taken as 2^-24, as diffusers does.
     """
 
     name = "vp"
     t_max = 1.0
 
     def __init__(self, alphas_cumprod: Sequence[float] | Tensor) -> None:
-        bar = torch.as_tensor(alphas_cumprod, dtype=torch.float64).cpu()
+        bar = torch.as_tensor(alphas_cumprod, dtype=torch.float64).cpu().clamp_min(2.0**-24)
         self.log_n = 0.5 * ((1 - bar).log() - bar.log())
         self.size = len(bar)
         self.t_min = 1 / self.size

@@ -86,7 +86,7 @@ class Renoise:
         paper's eq. 13; "none": 1.
         """
         if kind == "ratio":
-            return (self.spread / self.at_t.sigma) ** 2
+            return ((self.spread / self.at_t.sigma) ** 2).clamp_max(1.0)
         if kind == "clamp":
             return (10 * self.spread**2).clamp_max(1.0)
         return torch.ones_like(self.spread)

@@ -7,10 +7,8 @@ renamed, and only then is it marked by COMPLETE, which lists its files with thei
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,51 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stepdistill.run.errors import UserError
+from stepdistill.run.files import flush, whole_folder, write_text
 
-MARK = "COMPLETE"
-
-
-def sync(path: Path) -> None:
-    """Flush a file or folder to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside ``path`` that takes its place when the block ends well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temp = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    shutil.rmtree(temp, ignore_errors=True)
-    temp.mkdir()
-    try:
-        yield temp
-        for file in sorted(temp.rglob("*")):
-            sync(file)
-        sync(temp)
-        if path.exists():
-            old = path.with_name(f".old-{path.name}-{os.getpid()}")
-            path.rename(old)
-            temp.rename(path)
-            shutil.rmtree(old)
-        else:
-            temp.rename(path)
-        sync(path.parent)
-    finally:
-        shutil.rmtree(temp, ignore_errors=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file so that it is whole or not there."""
-    temp = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    with temp.open("w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    temp.replace(path)
+MARK, STATE = "COMPLETE", "state.json"
 
 
 @dataclass(frozen=True)
@@ -87,15 +43,15 @@ def save(
 ) -> Path:
     """Write ``folder/step-NNNNNNN`` and mark it complete."""
     path = folder / f"step-{step:07d}"
-    with atomic_folder(path) as temp:
+    with whole_folder(path) as temp:
         for part, values in tensors.items():
             flat = {k: v.detach().cpu().contiguous() for k, v in values.items()}
             save_file(flat, temp / f"{part}.safetensors")
         meta_text = json.dumps({"step": step, "parts": sorted(tensors), **meta}, indent=1)
-        (temp / "state.json").write_text(meta_text)
+        (temp / STATE).write_text(meta_text, encoding="utf-8")
     sizes = {file.name: file.stat().st_size for file in sorted(path.iterdir())}
     write_text(path / MARK, json.dumps(sizes))
-    sync(path)
+    flush(path)
     return path
 
 
@@ -107,8 +63,10 @@ def problem(path: Path) -> str | None:
     if not mark.is_file():
         return f"it has no {MARK}: its writing was cut short"
     try:
-        sizes = json.loads(mark.read_text())
+        sizes = json.loads(mark.read_text(encoding="utf-8"))
     except ValueError:
+        sizes = None
+    if not isinstance(sizes, dict) or STATE not in sizes:
         return f"its {MARK} is damaged"
     for name, size in sizes.items():
         file = path / name
@@ -128,11 +86,13 @@ def load(path: Path) -> Saved:
     why = problem(path)
     if why:
         raise UserError(f"checkpoint {path}: {why}; resume=auto takes the newest complete one")
-    meta = json.loads((path / "state.json").read_text())
     try:
+        meta = json.loads((path / STATE).read_text(encoding="utf-8"))
         tensors = {part: load_file(path / f"{part}.safetensors") for part in meta["parts"]}
-    except SafetensorError as error:
-        raise UserError(f"checkpoint {path}: damaged: {error}") from error
+    except (SafetensorError, ValueError, OSError) as error:
+        raise UserError(
+            f"checkpoint {path}: damaged: {error}; remove it, and resume=auto takes another"
+        ) from error
     return Saved(meta["step"], tensors, meta)
 
 
@@ -151,10 +111,28 @@ def newest(folder: Path, say: Callable[[str], None]) -> Path | None:
     return None
 
 
+def remove(path: Path) -> None:
+    """Remove a checkpoint; one that is half removed is no longer complete."""
+    (path / MARK).unlink(missing_ok=True)
+    shutil.rmtree(path)
+
+
+def drop_after(folder: Path, step: int, say: Callable[[str], None]) -> None:
+    """Remove the complete checkpoints of later steps, as a run that goes back must."""
+    for path in found(folder):
+        if path.name > f"step-{step:07d}" and problem(path) is None:
+            say(f"removed checkpoint {path.name}: the run goes on from step {step}")
+            remove(path)
+
+
 def prune(folder: Path, keep: int, best: str | None) -> None:
-    """Keep the newest ``keep`` complete checkpoints and the one named ``best``."""
+    """Keep the newest ``keep`` complete checkpoints and the one named ``best``.
+
+    What a save that was cut off left under a temporary name goes too.
+    """
     whole = [path for path in found(folder) if problem(path) is None]
     for path in whole[keep:]:
         if path.name != best:
-            (path / MARK).unlink()
-            shutil.rmtree(path)
+            remove(path)
+    for left in folder.glob(".step-*"):
+        shutil.rmtree(left)

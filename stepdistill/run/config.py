@@ -76,7 +76,7 @@ def read(name: str, overrides: Sequence[str] = ()) -> Raw:
         for part in reversed(key.split(".")):
             nested = {part: nested}
         raw.values = _merge(raw.values, nested)
-        raw.places[key] = f"override {text}"
+        raw.places |= dict.fromkeys(_keys(parsed, key), f"override {text}")
     return raw
 
 
@@ -124,18 +124,41 @@ def _read_file(path: Path, seen: tuple[Path, ...]) -> Raw:
     parent = values.pop("extends", None)
     if parent is None:
         return raw
-    beside = path.parent / f"{parent}.yaml"
-    base = _read_file(beside if beside.is_file() else find(str(parent)), (*seen, path))
+    base = _read_file(_parent(path, str(parent), raw.place("extends")), (*seen, path))
     return Raw(_merge(base.values, raw.values), base.places | raw.places)
+
+
+def _parent(path: Path, name: str, place: str) -> Path:
+    """The file that ``extends: name`` means: one beside ``path``, else what :func:`find` finds."""
+    for beside in (path.parent / f"{name}.yaml", path.parent / name):
+        if beside.is_file():
+            return beside
+    try:
+        return find(name)
+    except UserError as error:
+        raise UserError(f"{place}: extends: {error}") from error
 
 
 def _places(node: Any, path: Path, prefix: str = "") -> Iterator[tuple[str, str]]:
     if not isinstance(node, yaml.MappingNode):
         return
+    seen = set()
     for key, value in node.value:
         name = f"{prefix}{key.value}"
-        yield name, f"{path}:{key.start_mark.line + 1}"
+        place = f"{path}:{key.start_mark.line + 1}"
+        if name in seen:
+            raise UserError(f"{place}: the key {name} is written twice")
+        seen.add(name)
+        yield name, place
         yield from _places(value, path, f"{name}.")
+
+
+def _keys(value: Any, key: str) -> Iterator[str]:
+    """A dotted key and those of all that is nested in its value."""
+    yield key
+    if isinstance(value, dict):
+        for name, nested in value.items():
+            yield from _keys(nested, f"{key}.{name}")
 
 
 def _merge(base: Any, over: Any) -> Any:
@@ -149,11 +172,13 @@ def _merge(base: Any, over: Any) -> Any:
 
 def _explain(problem: Any, raw: Raw, model: type[BaseModel]) -> str:
     parts = [str(part) for part in problem["loc"]]
-    key = ".".join(parts)
-    known = list(_fields(model, parts[:-1]))
-    written = [part for part in parts if _written(part, parts, raw.values)]
-    key = ".".join(written) or key
+    key = ".".join(_written(parts, raw.values))
+    if problem["type"].startswith("union_tag"):
+        known, kind = problem["ctx"]["expected_tags"], problem["ctx"].get("tag")
+        wrong = f"{key}.kind={kind} is unknown" if kind else f"the key {key}.kind is missing"
+        return f"{raw.place(f'{key}.kind')}: {wrong}; known are {known}"
     if problem["type"] == "extra_forbidden":
+        known = list(_fields(model, parts[:-1]))
         near = difflib.get_close_matches(parts[-1], known, 1, cutoff=0.5)
         prefix = f"{key.rpartition('.')[0]}." if "." in key else ""
         hint = f"did you mean {prefix}{near[0]}?" if near else f"known are {', '.join(known)}"
@@ -164,27 +189,27 @@ def _explain(problem: Any, raw: Raw, model: type[BaseModel]) -> str:
     return f"{raw.place(key)}: {key}={problem['input']!r}: {message}"
 
 
-def _written(part: str, parts: list[str], values: Any) -> bool:
-    """Whether a part of an error's place is a key or index, not the tag of a union."""
-    for name in parts:
-        if name == part:
-            break
-        if isinstance(values, dict) and name in values:
-            values = values[name]
-    return not (isinstance(values, dict) and values.get("kind") == part and part not in values)
+def _written(parts: Sequence[str], values: Any) -> Iterator[str]:
+    """The keys and indices of an error's place, without the tags of unions that are among them."""
+    for part in parts:
+        if isinstance(values, dict) and part not in values and values.get("kind") == part:
+            continue
+        yield part
+        values = values.get(part) if isinstance(values, dict) else None
 
 
 def _fields(model: Any, parts: Sequence[str]) -> Iterator[str]:
-    """Names of the fields of the section at ``parts``."""
+    """Names of the fields of the section at ``parts``, tags of unions among them."""
     models = [model]
     for part in parts:
         nested: list[Any] = []
         for m in models:
-            info = m.model_fields.get(part)
-            nested += list(_models(info.annotation)) if info else [m]
-        models = nested
-    seen = dict.fromkeys(name for m in models for name in m.model_fields)
-    yield from seen
+            if part in m.model_fields:
+                nested += _models(m.model_fields[part].annotation)
+            elif "kind" in m.model_fields and m.model_fields["kind"].default == part:
+                nested.append(m)
+        models = nested or models
+    yield from dict.fromkeys(name for m in models for name in m.model_fields)
 
 
 def _models(annotation: Any) -> Iterator[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import sys
@@ -12,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from stepdistill.run.files import write_text
 
 
 class Meter:
@@ -80,9 +83,7 @@ class Log:
                 continue
             if row["step"] <= step:
                 rows.append(row)
-        temp = self.path.with_name(".tmp-log.jsonl")
-        temp.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        temp.replace(self.path)
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
         return float(rows[-1]["seconds"]) if rows else 0.0
 
     def clock(self) -> float:
@@ -90,9 +91,9 @@ class Log:
         return time.monotonic() - self._start
 
     def row(self, step: int, values: dict[str, Any]) -> None:
-        """Write one row; nested numbers also go to TensorBoard."""
-        row = {"step": step, "seconds": round(self.clock(), 3), **values}
-        self._handle.write(json.dumps(row) + "\n")
+        """Write one row; nested numbers also go to TensorBoard. One that is not finite is null."""
+        row = {"step": step, "seconds": round(self.clock(), 3), **_strict(values)}
+        self._handle.write(json.dumps(row, allow_nan=False) + "\n")
         self._handle.flush()
         if self._board is not None:
             for name, value in _flat(values):
@@ -105,6 +106,13 @@ class Log:
         self._handle.close()
         if self._board is not None:
             self._board.close()
+
+
+def _strict(value: Any) -> Any:
+    """Nested values as JSON has them: NaN and infinity become None."""
+    if isinstance(value, dict):
+        return {name: _strict(nested) for name, nested in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:

@@ -45,8 +45,9 @@ class OptimConfig(BaseModel):
 class Player:
     """A network in training.
 
-    A step whose gradient is not finite changes nothing: the fused optimizer skips it on the device
-    by a flag, without a wait of the host.
+    An update whose gradient is not finite leaves weights and optimizer as they are: the fused
+    optimizer skips it on the device by a flag, without a wait of the host. ``finite`` tells
+    whether all updates since it was last None were taken.
 
     Args:
         name: "student", "critic", ...
@@ -109,9 +110,10 @@ class Player:
         """Clip, check and apply the gradients; then move the average. No host sync."""
         grads = [p.grad for p in self.params if p.grad is not None]
         self.norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
-        self.finite = torch.isfinite(self.norm)
+        finite = torch.isfinite(self.norm)
+        self.finite = finite if self.finite is None else self.finite & finite
         optimizer: Any = self.optimizer
-        optimizer.found_inf = (~self.finite).float()
+        optimizer.found_inf = (~finite).float()
         if self.config.clip is not None:
             optimizer.grad_scale = (self.norm / self.config.clip).clamp_min(1.0)
         for group in optimizer.param_groups:

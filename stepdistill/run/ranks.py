@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -37,7 +39,7 @@ class Processes:
             raise UserError("device=cuda: this machine has no usable CUDA device; use device=cpu")
         if device == "mps" and not torch.backends.mps.is_available():
             raise UserError("device=mps: this machine has none; use device=cpu")
-        asked_cpu = device == "cpu" or bool(os.environ.get("ACCELERATE_USE_CPU"))
+        asked_cpu = device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU")
         self.accelerator = Accelerator(
             cpu=asked_cpu, mixed_precision={"fp32": "no", "bf16": "bf16"}[precision]
         )
@@ -82,5 +84,11 @@ class Processes:
         self.accelerator.wait_for_everyone()
 
     def close(self) -> None:
-        """Leave the process group."""
+        """Leave the process group, so that another run of this process may choose anew."""
         self.accelerator.end_training()
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def main_process() -> bool:
+    """Whether this process writes the files; also outside of a job."""
+    return int(os.environ.get("RANK", "0")) == 0

@@ -6,6 +6,7 @@ made (as DMD2 does), any further ones on fresh samples.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,11 +15,9 @@ from pydantic import Field
 from torch import Tensor
 
 from stepdistill.data.batch import Batch
-from stepdistill.diffusion.process import expand
 from stepdistill.diffusion.sampler import full
 from stepdistill.diffusion.timesteps import Density, LogitNormal, Uniform
 from stepdistill.losses.distribution import Renoise
-from stepdistill.losses.regression import mean_square
 from stepdistill.run.player import OptimConfig
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Loss, Pass, Trainer, Turn
@@ -82,13 +81,13 @@ class ScoreTrainer(Trainer):
         """Name of the player that is the student at present."""
         return "student"
 
+    @abstractmethod
     def generate(self, batch: Batch, rng: Rng, *, exact: bool) -> Sample:
         """A sample of the student; ``exact`` asks for the one that inference would make."""
-        raise TypeError(f"{type(self).__name__} must define generate")
 
+    @abstractmethod
     def compare(self, made: Sample, batch: Batch, rng: Rng) -> Loss:
         """The student's loss on its sample."""
-        raise TypeError(f"{type(self).__name__} must define compare")
 
     def student_loss(self, batch: Batch, rng: Rng) -> Loss:
         """Generate with a graph, compare, and leave the sample for the fake score."""
@@ -137,11 +136,3 @@ class ScoreTrainer(Trainer):
             Pass("critic", "train", c.critic_steps),
             *more,
         ]
-
-
-def weighted_mean(value: Tensor, weight: Tensor) -> Tensor:
-    """Mean over everything of value [B, ...] times a per-sample weight [B]."""
-    return (expand(weight, value) * value).mean()
-
-
-__all__ = ["Sample", "ScoreConfig", "ScoreTrainer", "mean_square", "weighted_mean"]

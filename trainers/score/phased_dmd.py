@@ -22,6 +22,7 @@ from stepdistill.diffusion.sampler import full, move
 from stepdistill.diffusion.timesteps import Grid
 from stepdistill.losses.distribution import dmd_direction
 from stepdistill.losses.regression import pull
+from stepdistill.run.errors import UserError
 from stepdistill.run.player import Player
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Loss, Pass
@@ -48,10 +49,23 @@ class PhasedDMDTrainer(ScoreTrainer):
     phase = 0
 
     def setup(self) -> None:
-        """The first expert and its fake score."""
+        """The first expert and its fake score.
+
+        Raises:
+            UserError: levels that do not fall from pure noise to 0, or a phase without a step.
+        """
         super().setup()
-        self.count = len(self.config.levels) - 1
+        levels, top = self.config.levels, self.process.t_max
+        falling = all(a > b for a, b in zip(levels, levels[1:], strict=False))
+        if len(levels) < 2 or not falling or abs(levels[0] / top - 1) > 1e-6 or levels[-1] != 0:
+            raise UserError(f"levels={levels} must fall from {top:.7g}, pure noise, to 0")
+        self.count = len(levels) - 1
         self.phase_length = -(-self.config.steps // self.count)
+        if self.phase_length * (self.count - 1) >= self.config.steps:
+            raise UserError(
+                f"steps={self.config.steps} leaves one of {self.count} phases without a step; "
+                "give more steps, or fewer levels"
+            )
         for player in self.players.values():
             player.total = player.total // self.config.steps * self.phase_length
 

@@ -1,0 +1,80 @@
+"""Every command and every Python block of the README runs, with few steps where it trains."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SMALL = ["steps=3", "batch_size=16", "sample.every_steps=0", "eval.every_steps=0", "device=cpu"]
+
+
+def blocks(root: Path, language: str) -> list[str]:
+    text = (root / "README.md").read_text(encoding="utf-8")
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def commands(root: Path) -> list[str]:
+    lines = [
+        line.split("#")[0].strip() for block in blocks(root, "sh") for line in block.split("\n")
+    ]
+    prose = re.sub(
+        r"```.*?```", "", (root / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL
+    )
+    inline = re.findall(r"`([^`]*stepdistill train [^`]*)`", prose)
+    return [line for line in lines if line] + [" ".join(line.split()) for line in inline]
+
+
+def small(words: list[str]) -> list[str]:
+    """The same command with few steps; through this interpreter's own scripts."""
+    if {"train", "teacher"} & set(words):
+        words = words + SMALL
+    if "--num" in words:
+        words[words.index("--num") + 1] = "64"
+    place = next(i for i, word in enumerate(words) if "=" not in word)
+    words[place] = str(Path(sys.executable).parent / words[place])
+    return ["env", *words]
+
+
+def test_the_commands_run_in_order(root: Path, tmp_path: Path) -> None:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = []
+    for line in commands(root):
+        if line.startswith(("make ", "pip ")):  # CI itself runs these
+            continue
+        ran = subprocess.run(
+            small(shlex.split(line)), cwd=tmp_path, env=env, capture_output=True, text=True
+        )
+        assert ran.returncode == 0, f"{line}\n{ran.stdout[-500:]}\n{ran.stderr[-2000:]}"
+        done.append(line)
+    assert len(done) >= 8
+    assert (tmp_path / "figures.json").is_file()
+    for block in blocks(root, "python"):
+        if "class MyTrainer" in block:
+            compile(block, "README.md", "exec")
+            continue
+        code = block.replace("steps=100", "steps=2")
+        ran = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True
+        )
+        assert ran.returncode == 0, f"{block}\n{ran.stderr[-2000:]}"
+    assert (tmp_path / "three.png").is_file()
+
+
+def test_the_readme_names_every_method(root: Path) -> None:
+    from stepdistill.trainers.find import methods
+
+    text = (root / "README.md").read_text(encoding="utf-8")
+    missing = [method.name for method in methods() if f"`{method.name}`" not in text]
+    assert not missing
+
+
+@pytest.mark.parametrize("target", ["demo", "test"])
+def test_make_knows_the_two_commands(root: Path, target: str) -> None:
+    dry = subprocess.run(["make", "-n", target], cwd=root, capture_output=True, text=True)
+    assert dry.returncode == 0

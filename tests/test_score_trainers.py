@@ -1,0 +1,206 @@
+"""Score distillation as trained: equivalences, fixed points, rollouts and phases."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from stepdistill.diffusion.denoiser import Denoiser
+from stepdistill.diffusion.oracles import Oracle
+from stepdistill.diffusion.process import RF
+from stepdistill.diffusion.sampler import sample
+from stepdistill.run.errors import UserError
+from stepdistill.run.player import Player
+from stepdistill.run.rng import Rng
+from stepdistill.trainers.base import Trainer
+from tests.helpers import (
+    MEAN,
+    STD,
+    Affine,
+    AffineAdapter,
+    batch_of,
+    dit_teacher,
+    make,
+    mlp_teacher,
+    run,
+    same,
+    saved,
+    turn_gradients,
+)
+
+
+@pytest.mark.parametrize("more", [{}, {"guidance": 2.0, "critic_steps": 2}])
+@pytest.mark.parametrize("teacher", [mlp_teacher, dit_teacher])
+def test_one_phase_of_one_step_is_dmd_to_the_bit(teacher, more) -> None:
+    phased = make("phased_dmd", teacher(), levels=(1.0, 0.0), phase_steps=1, **more)
+    dmd = make("dmd", teacher(), student_steps=1, **more)
+    assert phased.grids() == dmd.grids()
+    for made in (phased, dmd):
+        run(made, 0, 4)
+    same(saved(phased)[0], saved(dmd)[0])
+    assert saved(phased)[1] == saved(dmd)[1]
+
+
+@pytest.mark.parametrize("method", ["dmd", "sim", "phased_dmd"])
+def test_where_fake_and_teacher_agree_nothing_moves(method) -> None:
+    """The fake score starts as the teacher: the first student gradient is zero.
+
+    Exactly so for a direction; to rounding where it is differentiated through both.
+    """
+    made = make(method, mlp_teacher())
+    first = sum(float(grad.abs().sum()) for grad in turn_gradients(made, 0)[0])
+    run(made, 0, 2)
+    later = sum(float(grad.abs().sum()) for grad in turn_gradients(made, 2)[0])
+    assert first <= (1e-4 * later if method == "sim" else 0.0)
+
+
+TIED = {  # law of the one-step student mu + u z, as (mean, std) of clean images; where it rests
+    "dmd": (lambda mu, u: (mu, abs(u)), (MEAN, STD)),
+    "sim": (lambda mu, u: (mu, abs(u)), (MEAN, STD)),
+    # phase 1 ends at t = 1/2 with x_s = (mu + u z + z) / 2, as clean N(mu, (1 + u)^2 - 1) would
+    "phased_dmd": (
+        lambda mu, u: (mu, math.sqrt(max(1e-6, (1 + u) ** 2 - 1))),
+        (MEAN, math.sqrt(1 + STD**2) - 1),
+    ),
+}
+
+
+def closed_form(method: str, mu: float, u: float, steps: int) -> tuple[Trainer, Affine, nn.Module]:
+    """A trainer on 64 Gaussian coordinates, its student mu + u z, and its fake score's oracle."""
+    dim = 64
+    more = {"levels": (1.0, 0.5, 0.0), "phase_steps": 1} if method == "phased_dmd" else {}
+    teacher = Oracle(RF(), "velocity", torch.full((1, dim), MEAN), STD)
+    optim = {"lr": 0.03, "betas": (0.5, 0.99), "decay": "cosine"}
+    keys = {"steps": 2 * steps, "batch_size": 32, "optim": optim, "critic": optim}
+    made = make(method, teacher, **keys, **more)
+    student = Denoiser(Affine(mu, u, dim), RF(), "x0", adapter=AffineAdapter())
+    for name, den in (("student", student), ("critic", teacher.clone())):
+        made.players[name] = Player(name, den, made.config.optim, total=steps)
+    return made, student.net, made.players["critic"].denoiser.net
+
+
+def update(made: Trainer, name: str, step: int) -> None:
+    """One turn of a player alone."""
+    place, turn = next((i, t) for i, t in enumerate(made.turns(step)) if t.player == name)
+    with made.players[name].turn():
+        turn.loss(made.batch(step), Rng(0).at(step, place)).value.backward()
+        made.players[name].step()
+
+
+@pytest.mark.parametrize("method", TIED)
+def test_with_an_exact_fake_score_the_trainer_reaches_the_target(method) -> None:
+    """From (0, .5), by the trainer's own student turn."""
+    law, target = TIED[method]
+    made, student, fake = closed_form(method, 0.0, 0.5, 300)
+    for step in range(300):
+        mean, std = law(float(student.mu), float(student.u))
+        fake.means.fill_(mean)
+        fake.stds.fill_(std)
+        update(made, "student", step)
+    assert (float(student.mu), float(student.u)) == pytest.approx(target, abs=0.02)
+
+
+@pytest.mark.parametrize("method", TIED)
+def test_the_fake_score_learns_the_student_s_law(method) -> None:
+    """From the teacher's, by the trainer's own critic turn; at a phase's level too."""
+    made, _, fake = closed_form(method, 0.1, 0.8, 200)
+    for step in range(200):
+        update(made, "critic", step)
+    learnt = float(fake.means.mean()), float(fake.stds.abs().mean())
+    assert learnt == pytest.approx(TIED[method][0](0.1, 0.8), abs=0.02)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("method", "keys"),
+    [
+        ("sim", {}),
+        ("dmd", {}),
+        ("phased_dmd", {}),
+        ("phased_dmd", {"levels": (1.0, 0.7, 0.3, 0.0), "phase_steps": 3}),
+    ],
+)
+def test_the_training_rollout_is_the_sampler_s(method, keys) -> None:
+    """Whole rollouts of the newest weights, against the sampler on the longest exported grid."""
+    made = make(method, mlp_teacher(), ema={"decay": 0.0}, **keys)
+    with torch.enable_grad():
+        run(made, 0, 6)
+    batch, rng = batch_of(made, 6), Rng(0).at(6)
+    steps = max(made.grids())
+    expected = sample(made.best(), made.z(batch, rng), made.grids()[steps], batch.cond)
+    got = made.generate(batch, rng, exact=True)
+    assert got.level == 0
+    torch.testing.assert_close(got.x, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("noise", ["fresh", "predicted"])
+def test_dmd_exits_are_the_sampler_s_states(noise) -> None:
+    """Backward simulation: the image at each exit is the one that inference would predict there."""
+    made = make("dmd", mlp_teacher(), student_steps=3, noise=noise)
+    student, (grid,) = made.denoiser("student"), made.grids().values()
+    exits = set()
+    for step in range(12):
+        batch, rng = made.batch(step), Rng(0).at(step)
+        j = rng.integer("exit", 3)
+        exits.add(j)
+        expected = sample(
+            student,
+            made.z(batch, rng),
+            (*grid[: j + 1], 0.0),
+            batch.cond,
+            noise=noise,
+            fresh=lambda i, b=batch, r=rng: made.z(b, r, f"fresh-{i}"),
+        )
+        torch.testing.assert_close(made.generate(batch, rng, exact=False).x, expected)
+    assert exits == {0, 1, 2}
+
+
+def test_experts_are_the_teacher_until_their_phase_comes() -> None:
+    made = make("phased_dmd", mlp_teacher(), levels=(1.0, 0.6, 0.2, 0.0), phase_steps=1)
+    run(made, 0, 2)
+    experts = made.best()
+    assert experts.at(0.6) is made.teacher
+    assert experts.at(0.1) is made.teacher
+    assert experts.at(0.9) is made.players["student"].ema
+    run(made, 2, 6)
+    names = [p.name for p in made.students()]
+    assert names == ["student", "student_2", "student_3"]
+    assert made.best().at(1.0) is made.players["student"].denoiser  # retired to its average
+    assert made.grids() == {3: (1.0, 0.6, 0.2, 0.0)}
+
+
+@pytest.mark.parametrize(
+    ("levels", "steps", "message"),
+    [
+        ((1.0,), 6, "must fall from 1,"),
+        ((0.9, 0.5, 0.0), 6, "must fall"),
+        ((1.0, 0.5, 0.1), 6, "must fall"),
+        ((1.0, 0.5, 0.5, 0.0), 6, "must fall"),
+        ((0.0, 0.5, 1.0), 6, "must fall"),
+        ((1.0, 0.6, 0.3, 0.0), 4, "without a step"),
+    ],
+)
+def test_phases_that_make_no_sense_are_refused(levels, steps, message) -> None:
+    with pytest.raises(UserError, match=message):
+        make("phased_dmd", mlp_teacher(), levels=levels, steps=steps)
+
+
+def test_a_new_phase_starts_from_the_teacher() -> None:
+    made = make("phased_dmd", mlp_teacher())
+    run(made, 0, 3)
+    average = {k: v.clone() for k, v in made.players["student"].ema.net.state_dict().items()}
+    made.prepare(3)
+    teacher = made.teacher.net.state_dict()
+    for name in ("student_2", "critic"):
+        state = made.denoiser(name).net.state_dict()
+        assert all(torch.equal(v, teacher[k]) for k, v in state.items())
+        assert made.players[name].updates == 0
+        assert not made.players[name].optimizer.state
+    frozen = made.denoiser("student").net.state_dict()
+    assert all(torch.equal(v, average[k]) for k, v in frozen.items())
+    run(made, 3, 6)
+    assert all(torch.equal(v, average[k]) for k, v in frozen.items())

@@ -124,7 +124,7 @@ class Trainer(ABC):
 
     def grids(self) -> dict[int, Grid]:
         """Times that the student samples on, by number of steps; baked into its export."""
-        return {n: uniform_grid(self.process, n) for n in self.sizes}
+        return {n: uniform_grid(self.process, n, self.config.start) for n in self.sizes}
 
     def prepare(self, step: int) -> None:
         """Make the players that exist at ``step``; called before one is resumed."""

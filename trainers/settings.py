@@ -64,6 +64,13 @@ class TrainConfig(Section):
     batch_size: int = Field(128, ge=1, description="samples of one step over all processes")
     teacher: str = Field(description="a pipeline folder, a hub name, digits-dit or digits-unet")
     guidance: float = Field(1.0, ge=0, description="guidance scale of the teacher; 1: off")
+    start: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="where the student's grid begins, as progress towards pure noise; below 1 for "
+        "noise predictors, whose clean estimate is singular there",
+    )
     data: DataConfig = Field(default_factory=DataConfig, description="images")
     optim: OptimConfig = Field(default_factory=OptimConfig, description="the student's optimizer")
     ema: EmaConfig = Field(default_factory=EmaConfig, description="average of the weights")

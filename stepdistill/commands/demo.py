@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import sys
@@ -130,9 +131,9 @@ def read_log(run: Path) -> list[dict[str, Any]]:
 
 
 def page(out: Path, methods: Sequence[str], rows: Sequence[Row], num: int, seconds: float) -> None:
-    """Write report.html and the picture of all grids, grid.png."""
+    """Write report.html."""
     many = next(r for r in rows if r.method == "teacher" and r.steps == max(TEACHER_STEPS))
-    curves = [curve(out / "runs" / method, method, many.fd or 0.0) for method in methods]
+    curves = [curve(out / "runs" / method, method, many.fd or math.nan) for method in methods]
     facts = {
         "samples of each row": f"{num:,}, seed {SEED}",
         "versions": ", ".join(f"{p} {version(p)}" for p in ("torch", "diffusers", "stepdistill")),
@@ -160,14 +161,16 @@ def grids(out: Path, methods: Sequence[str], rows: Sequence[Row]) -> list[Grid]:
         own = sorted(row.steps or 0 for row in rows if row.method == method)
         picked = sorted({own[0], own[-1]})
         wanted += [(method, str(out / "pipelines" / method), n) for n in picked]
+    distance = {(row.method, row.steps): row.fd for row in rows}
     made = []
     for name, folder, steps in wanted:
         pipe = load_pipeline(folder, trust_remote_code=True)
         images = generate(pipe, 40, seed=SEED, steps=steps)
         path = out / "grids" / f"{name}-{steps}.png"
-        save_grid(images, path, columns=10, overwrite=True)
+        save_grid(images, path, columns=10, scale=1, overwrite=True)
         title = f"{name}, {steps} step{'s' if steps > 1 else ''}"
-        made.append(Grid(title=title, caption="", png=path.read_bytes()))
+        caption = f"fd {distance[name, steps]:.2f}"
+        made.append(Grid(title=title, caption=caption, png=path.read_bytes()))
     return made
 
 

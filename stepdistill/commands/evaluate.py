@@ -21,7 +21,7 @@ from stepdistill.eval.images import load_images
 from stepdistill.eval.runner import Reference, Row
 from stepdistill.eval.runner import evaluate as figures_of
 from stepdistill.eval.table import results_table
-from stepdistill.run.assets import teacher_path
+from stepdistill.run.assets import TEACHERS, teacher_path
 from stepdistill.run.errors import UserError
 from stepdistill.run.files import write_text
 
@@ -74,10 +74,8 @@ def evaluate(
     if source.is_dir() and not (source / "model_index.json").is_file():
         samples, seen = {None: load_images(source)[:num]}, None
     else:
-        shipped = str(source) != str(target)
-        pipe = load_pipeline(
-            str(source), trust_remote_code=trust_remote_code or shipped, device=device_of()
-        )
+        trusted = trust_remote_code or str(target) in TEACHERS  # what ships with this package
+        pipe = load_pipeline(str(source), trust_remote_code=trusted, device=device_of())
         chosen = available(pipe, steps, title)
         samples = {
             n: generate(pipe, num, seed=seed, steps=n, batch_size=batch_size) for n in chosen

@@ -22,9 +22,13 @@ def methods() -> None:
 
 
 def schema(method: str) -> str:
-    """The JSON schema of a method's config.
+    """The JSON schema of a method's config files.
 
     Raises:
         UserError: there is no such method.
     """
-    return json.dumps(trainer(method).Config.model_json_schema(), indent=2)
+    made = trainer(method).Config.model_json_schema()
+    made["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    parent = {"type": "string", "description": "a config whose keys this one adds to"}
+    made["properties"] |= {"method": {"const": method}, "extends": parent}
+    return json.dumps(made, indent=2)

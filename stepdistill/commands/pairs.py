@@ -35,8 +35,11 @@ def pairs(name: str, overrides: Sequence[str] = ()) -> Path:
         raise UserError(f"{name}: the method {config.method} uses no pairs; reflow does")
     keep_freed_memory()
     processes = Processes(config.precision, config.device)
-    teacher = load_teacher(config.teacher, processes.device)
-    return make(config, teacher, processes, Watch(config, main=processes.main))
+    try:
+        teacher = load_teacher(config.teacher, processes.device)
+        return make(config, teacher, processes, Watch(config, main=processes.main))
+    finally:
+        processes.close()
 
 
 def store_folder(config: ReflowConfig) -> Path:
@@ -94,5 +97,5 @@ def weights_hash(den: Denoiser) -> str:
     total = hashlib.sha256()
     for name, value in sorted(den.net.state_dict().items()):
         total.update(name.encode())
-        total.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        total.update(value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
     return total.hexdigest()[:16]

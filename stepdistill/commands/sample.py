@@ -9,7 +9,8 @@ import torch
 
 from stepdistill.eval.generate import generate, load_pipeline
 from stepdistill.eval.images import save_grid, save_images
-from stepdistill.run.assets import teacher_path
+from stepdistill.run.assets import TEACHERS, teacher_path
+from stepdistill.run.errors import UserError
 
 
 def sample(
@@ -29,11 +30,13 @@ def sample(
     Raises:
         UserError: bad input, or images that are there and are not to be replaced.
     """
-    source = teacher_path(pipeline)
-    trusted = trust_remote_code or source != pipeline  # what ships with this package is its own
+    grid = out / "grid.png"
+    if grid.exists() and not overwrite:
+        raise UserError(f"{grid} exists; choose another folder or pass --overwrite")
+    trusted = trust_remote_code or pipeline in TEACHERS  # what ships with this package is its own
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipe = load_pipeline(source, trust_remote_code=trusted, device=device)
+    pipe = load_pipeline(teacher_path(pipeline), trust_remote_code=trusted, device=device)
     images = generate(pipe, num, seed=seed, steps=steps, batch_size=batch_size, options=options)
     save_images(images, out, overwrite=overwrite)
-    save_grid(images[:100], out / "grid.png", columns=10, overwrite=True)
+    save_grid(images[:100], grid, columns=10, overwrite=overwrite)
     print(f"{out}: {num} images, {steps} steps, seed {seed}")

@@ -14,6 +14,7 @@ from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.pipelines.card import model_card
 from stepdistill.pipelines.folder import write_pipeline
 from stepdistill.run.errors import UserError
+from stepdistill.run.ranks import main_process
 from stepdistill.trainers.flow.denoising import DenoisingConfig, fresh_network, load_student
 
 STEPS = 32
@@ -30,6 +31,8 @@ def teacher(name: str, overrides: Sequence[str] = ()) -> Path:
         raise UserError(f"{name}: a teacher's method is denoising, not {config.method}")
     images = open_data(config.data)
     run = fit(cls, config, fresh_network(config, images.classes))
+    if not main_process():
+        return run / "pipeline"
     den = load_student(config, run / "student", images.classes)
     command = " ".join(["stepdistill teacher", name, *overrides])
     return save_teacher(den, config, run / "pipeline", command)

@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -83,6 +84,12 @@ def checksum(z: Tensor) -> str:
     return ",".join(f"{value:.5f}" for value in picks.tolist())
 
 
+def shard_facts(file: Any) -> dict[str, str]:
+    """What an open shard says of itself: the hash of its plan and a checksum of its noise."""
+    facts: dict[str, str] = json.loads((file.metadata() or {}).get("shard", "{}"))
+    return facts
+
+
 def whole(root: Path, plan: PairPlan, shard: int) -> bool:
     """Whether a shard is there, readable, of this plan, and of full length.
 
@@ -94,10 +101,10 @@ def whole(root: Path, plan: PairPlan, shard: int) -> bool:
         return False
     try:
         with safe_open(path, "pt") as file:
-            meta, shape = file.metadata() or {}, file.get_slice("x").get_shape()
+            facts, shape = shard_facts(file), file.get_slice("x").get_shape()
     except (SafetensorError, OSError):
         return False
-    if meta.get("plan") != plan.digest():
+    if facts.get("plan") != plan.digest():
         raise UserError(f"{path}: pairs of another plan; give pairs.path an empty folder")
     return bool(shape[0] == len(plan.indices(shard)))
 
@@ -145,11 +152,8 @@ def make_pairs(
 
 def _write(root: Path, plan: PairPlan, shard: int, x: Tensor) -> None:
     index = plan.indices(shard)
-    meta = {
-        "plan": plan.digest(),
-        "first": str(int(index[0])),
-        "noise": checksum(plan.noise(index[:1])),
-    }
+    facts = {"plan": plan.digest(), "noise": checksum(plan.noise(index[:1]))}
+    meta = {"shard": json.dumps(facts)}  # one entry, since safetensors writes several in any order
     path = shard_path(root, shard)
     temp = path.with_name(f".tmp-{path.name}")
     save_file({"x": x.contiguous(), "label": plan.labels(index)}, temp, metadata=meta)
@@ -177,7 +181,7 @@ class PairStore:
         for shard in range(plan.shards()):
             with safe_open(shard_path(root, shard), "pt") as file:
                 first = plan.indices(shard)[:1]
-                if file.metadata()["noise"] != checksum(plan.noise(first)):
+                if shard_facts(file)["noise"] != checksum(plan.noise(first)):
                     raise UserError(f"{shard_path(root, shard)}: its noise cannot be made again")
                 xs.append(file.get_tensor("x"))
                 labels.append(file.get_tensor("label"))

@@ -75,9 +75,9 @@ Density = Annotated[Uniform | LogitNormal | UShaped, Field(discriminator="kind")
 """Any density, chosen in a config by its ``kind``."""
 
 
-def uniform_grid(process: Process, steps: int) -> Grid:
-    """``steps`` intervals of equal progress from the noisiest time to 0 (shifted where asked)."""
-    u = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+def uniform_grid(process: Process, steps: int, start: float = 1.0) -> Grid:
+    """``steps`` intervals of equal progress from ``start`` (1: pure noise) to 0, then warped."""
+    u = torch.linspace(start, 0, steps + 1, dtype=torch.float64)
     return tuple(process.warp(u).tolist())
 
 

@@ -14,8 +14,22 @@ TEACHERS = ("digits-dit", "digits-unet")
 
 
 def teacher_path(name: str) -> str:
-    """A shipped teacher's folder by its name; anything else is a folder or hub name already."""
-    return str(ASSETS / name) if name in TEACHERS else name
+    """Where a pipeline lies: a shipped teacher's folder, a folder that is there, or a hub name.
+
+    Raises:
+        UserError: none of these.
+    """
+    if name in TEACHERS:
+        return str(ASSETS / name)
+    source = Path(name).expanduser()
+    if source.is_dir():
+        return str(source)
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise UserError(
+            f"{name}: no such folder; give a pipeline's folder, a hub name (owner/name), or one "
+            f"of the shipped teachers {', '.join(TEACHERS)}"
+        )
+    return name
 
 
 def load_teacher(name: str, device: torch.device | str = "cpu") -> Denoiser:
@@ -24,12 +38,10 @@ def load_teacher(name: str, device: torch.device | str = "cpu") -> Denoiser:
     Raises:
         UserError: it cannot be found or understood.
     """
-    source = teacher_path(name)
-    looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1
-    if looks_local and not Path(source).expanduser().is_dir():
-        raise UserError(f"teacher={name}: no such folder; shipped are {', '.join(TEACHERS)}")
     try:
-        return Denoiser.from_pipeline(Path(source).expanduser(), device=str(device))
+        return Denoiser.from_pipeline(teacher_path(name), device=str(device))
+    except UserError as error:
+        raise UserError(f"teacher={error}") from error
     except (ValueError, OSError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(

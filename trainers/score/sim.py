@@ -43,7 +43,7 @@ class SIMTrainer(ScoreTrainer):
         """One step from pure noise."""
         student = self.denoiser("student")
         z = self.z(batch, rng)
-        t = full(z, self.process.t_max)
+        t = full(z, self.grids()[1][0])
         scale = self.process.coefs(t).expand(z).sigma
         x = student(scale * z, t, batch.cond).x
         return Sample(x, 0.0, x)

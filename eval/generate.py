@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils import logging
 from torch import Tensor
 
 from stepdistill.run.errors import UserError
@@ -101,9 +103,10 @@ def load_pipeline(
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         raise UserError(f"{path} has no model_index.json, so it is no diffusers pipeline")
     try:
-        pipeline = DiffusionPipeline.from_pretrained(
-            str(path), trust_remote_code=trust_remote_code, use_safetensors=True
-        )
+        with _no_bar():
+            pipeline = DiffusionPipeline.from_pretrained(
+                str(path), trust_remote_code=trust_remote_code, use_safetensors=True
+            )
     except (OSError, ValueError, AttributeError, ImportError, KeyError, TypeError) as error:
         if "trust_remote_code" in str(error):
             raise UserError(
@@ -113,6 +116,18 @@ def load_pipeline(
         reason = lines[0] if lines else type(error).__name__
         raise UserError(f"cannot load the pipeline {path}: {reason}") from error
     return pipeline.to(device)
+
+
+@contextmanager
+def _no_bar() -> Iterator[None]:
+    """Without diffusers' bar over a pipeline's components; those of downloads stay."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def class_count(pipeline: Any) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ def write_pipeline(
     card: str,
     dtype: torch.dtype | None,
     overwrite: bool = False,
+    check: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write networks and scheduler as a folder that plain diffusers loads.
 
@@ -50,6 +51,7 @@ def write_pipeline(
         card: text of README.md.
         dtype: dtype of the saved weights; None keeps each network's own.
         overwrite: replace a pipeline folder that is already there.
+        check: is shown the folder before it takes its place; what it raises leaves ``out`` alone.
 
     Returns:
         ``out``.
@@ -57,7 +59,7 @@ def write_pipeline(
     Raises:
         UserError: ``out`` is taken, or networks and scheduler do not fit together.
     """
-    _refuse_taken(out, overwrite)
+    refuse_taken(out, overwrite)
     _check_fit(modules, scheduler, default_steps)
     if dtype is not None:
         modules = [nn.Module.to(copy.deepcopy(module), dtype) for module in modules]
@@ -73,6 +75,8 @@ def write_pipeline(
         pipeline.save_pretrained(folder, safe_serialization=True)
         (folder / "README.md").write_text(card, encoding="utf-8")
         _tidy(folder)
+        if check is not None:
+            check(folder)
     return out
 
 
@@ -86,8 +90,12 @@ def _tidy(folder: Path) -> None:
         weights.chmod((folder / INDEX).stat().st_mode)
 
 
-def _refuse_taken(out: Path, overwrite: bool) -> None:
-    """Stop before anything that is not ours to replace is replaced."""
+def refuse_taken(out: Path, overwrite: bool) -> None:
+    """Stop before anything that is not ours to replace is replaced.
+
+    Raises:
+        UserError: ``out`` holds something, and may not or must not be overwritten.
+    """
     if out.is_dir() and not any(out.iterdir()):
         return
     if out.exists() and not overwrite:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from stepdistill import __version__
+from stepdistill.run.errors import CheckFailed, Stopped, UserError
 
 app = typer.Typer(
     name="stepdistill",
     help="Distil many-step diffusion and flow models into few-step ones.",
-    no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -200,41 +203,37 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def _root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="print and leave")
     ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+Misuse: Any = typer.BadParameter.__base__  # click's UsageError, by whatever name typer has it
 
 
 def main() -> int:
     """Run the command line; 0 done, 1 a check fell short, 2 bad input, 130 and 143 on signals."""
-    return guarded(lambda: app(standalone_mode=True))
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # what went wrong is told in one line
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    return guarded(lambda: app(standalone_mode=False))
 
 
 def guarded(call: Callable[[], object]) -> int:
     """Turn a user's mistake into one line on stderr and an exit code."""
     try:
-        call()
-    except SystemExit as leave:
-        return leave.code if isinstance(leave.code, int) else int(leave.code is not None)
+        code = call()
     except KeyboardInterrupt:
         return 130
-    except Exception as error:  # noqa: BLE001
-        code = exit_code(error)
-        if code is None:
-            raise
-        print(f"stepdistill: {error}", file=sys.stderr)
-        return code
-    return 0
-
-
-def exit_code(error: Exception) -> int | None:
-    """The exit code of an error that is no fault of the program, by its class."""
-    from stepdistill.run.errors import CheckFailed, Stopped, UserError
-
-    if isinstance(error, Stopped):
+    except (CheckFailed, Stopped, UserError) as error:
+        print(f"stepdistill: {' '.join(str(error).split())}", file=sys.stderr)
         return error.code
-    if isinstance(error, CheckFailed):
-        return 1
-    return 2 if isinstance(error, UserError) else None
+    except Misuse as error:
+        place = error.ctx.command_path if error.ctx else "stepdistill"
+        message = error.format_message().rstrip(".")
+        print(f"stepdistill: {message}; see `{place} --help`", file=sys.stderr)
+        return 2
+    return code if isinstance(code, int) else 0

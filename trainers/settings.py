@@ -84,4 +84,4 @@ class TrainConfig(Section):
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of the networks' passes")
     compile: bool = Field(False, description="run networks through torch.compile")
     xformers: bool = Field(False, description="xformers attention (CUDA only)")
-    device: str = Field("auto", description="auto, cpu, cuda or mps")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="where to train")

@@ -18,7 +18,7 @@ from stepdistill.eval.features import load_features
 from stepdistill.eval.fid import CleanFid
 from stepdistill.eval.generate import generate, load_pipeline
 from stepdistill.eval.images import load_images
-from stepdistill.eval.runner import Reference, Row
+from stepdistill.eval.runner import METRICS, Reference, Row
 from stepdistill.eval.runner import evaluate as figures_of
 from stepdistill.eval.table import results_table
 from stepdistill.run.assets import TEACHERS, teacher_path
@@ -137,6 +137,8 @@ def evaluate_command(
     if json_file is not None and json_file.exists() and not overwrite:
         raise UserError(f"{json_file} exists; choose another file or pass --overwrite")
     wanted = [part.strip() for part in metrics.split(",") if part.strip()]
+    for metric in set(wanted) - set(METRICS):
+        raise UserError(f"--metrics {metric}: known are {', '.join(METRICS)}")
     counts = parse_steps(steps)
     real = open_reference(reference, features, wanted, device_of())
     clip = ClipScorer(device=device_of()) if "clip" in wanted else None

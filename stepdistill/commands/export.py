@@ -7,22 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
+from stepdistill.commands.read import read_config
 from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser, Experts
 from stepdistill.diffusion.sampler import NoiseSource, sample
 from stepdistill.diffusion.timesteps import Grid
 from stepdistill.pipelines.card import model_card
-from stepdistill.pipelines.folder import write_pipeline
+from stepdistill.pipelines.folder import refuse_taken, write_pipeline
 from stepdistill.pipelines.literal_grid import LiteralGridScheduler
-from stepdistill.pipelines.verify import noise_from_seeds, verify_folder
-from stepdistill.run import config as configs
+from stepdistill.pipelines.verify import VerificationError, noise_from_seeds, verify_folder
 from stepdistill.run.assets import load_teacher
 from stepdistill.run.errors import UserError
 from stepdistill.trainers.base import Trainer
-from stepdistill.trainers.find import trainer as find_trainer
 
 SEEDS = tuple(range(8))
 
@@ -51,16 +49,26 @@ def export(
 
     Raises:
         UserError: the run is not finished, or ``out`` is taken.
-        VerificationError: the folder draws other images than the training sampler.
+        VerificationError: the folder would draw other images than the training sampler; it is not
+            written, and what was there before is left.
     """
     run, out = Path(run), Path(out)
+    refuse_taken(out, overwrite)
     trainer = finished(run)
     den, grids = trainer.best(), trainer.grids()
     default = steps if steps is not None else default_steps(trainer)
     if default not in grids:
         known = ", ".join(map(str, sorted(grids)))
         raise UserError(f"steps={default}: this student samples in {known} steps")
-    experts = members(den)
+    difference = float("inf")
+
+    def proven(folder: Path) -> None:
+        nonlocal difference
+        try:
+            difference = check(den, grids, trainer.noise, folder, tolerance)
+        except VerificationError as error:
+            raise VerificationError(f"{out} was not written: {error}") from error
+
     scheduler = LiteralGridScheduler(
         grids={str(n): literal_rows(den, grid) for n, grid in grids.items()},
         noise=trainer.noise,
@@ -68,7 +76,7 @@ def export(
     )
     write_pipeline(
         out,
-        [expert.net for expert in experts],
+        [expert.net for expert in members(den)],
         scheduler,
         classes=trainer.teacher.classes or None,
         null_label=trainer.teacher.null_label,
@@ -76,8 +84,9 @@ def export(
         card=student_card(trainer, scheduler, run, out, figures),
         dtype=None,
         overwrite=overwrite,
+        check=proven,
     )
-    return check(den, grids, trainer.noise, out, tolerance)
+    return difference
 
 
 def student_card(
@@ -111,9 +120,9 @@ def finished(run: Path) -> Trainer:
         raise UserError(f"{run}: no config.yaml, so this is no run; give the folder of `run=`")
     if not (run / "student").is_dir():
         raise UserError(f"{run}: the run is not finished; `stepdistill train ... resume=auto`")
-    raw = configs.Raw(yaml.safe_load(file.read_text(encoding="utf-8")), {"": str(file)})
-    cls = find_trainer(raw.values["method"])
-    config = configs.validate(raw, cls.Config)
+    cls, config = read_config(str(file))
+    if not config.teacher:
+        raise UserError(f"{run}: a teacher's run; its pipeline is {run / 'pipeline'} already")
     trainer = cls(config, load_teacher(config.teacher))
     trainer.prepare(config.steps)
     for name, player in trainer.players.items():

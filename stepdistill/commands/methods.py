@@ -30,5 +30,6 @@ def schema(method: str) -> str:
     made = trainer(method).Config.model_json_schema()
     made["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     parent = {"type": "string", "description": "a config whose keys this one adds to"}
-    made["properties"] |= {"method": {"const": method}, "extends": parent}
+    made["properties"]["extends"] = parent
+    made["properties"]["method"] |= {"const": method}
     return json.dumps(made, indent=2)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stepdistill.losses.regression import mean_square
 
-ReflowMetric = Literal["l2", "huber"]
+ReflowMetric = Literal["l2", "huber", "faded_huber"]
 
 
 def velocity_loss(
@@ -17,8 +17,9 @@ def velocity_loss(
 ) -> Tensor:
     """Per-sample loss [B] of a velocity v against the straight path's z - x.
 
-    "l2" is the mean square; "huber" is (1 - t) (sqrt(sum delta^2 + c^2) - c) / d with
-    c = 0.00054 d, right only for deterministic pairs.
+    "l2" is the mean square; "huber" is (sqrt(sum delta^2 + c^2) - c) / d with c = 0.00054 d, right
+    only for deterministic pairs; "faded_huber" is (1 - t) times that, which leaves the noisy end,
+    where one step starts, to a perceptual term beside it.
 
     Source: 2-rectified flow++ (Lee et al. 2024), its Huber premetric.
     """
@@ -27,4 +28,5 @@ def velocity_loss(
         return mean_square(delta)
     d = delta[0].numel()
     c = 0.00054 * d
-    return (1 - t) * (torch.sqrt(delta.flatten(1).square().sum(dim=1) + c * c) - c) / d
+    huber = (torch.sqrt(delta.flatten(1).square().sum(dim=1) + c * c) - c) / d
+    return (1 - t) * huber if metric == "faded_huber" else huber

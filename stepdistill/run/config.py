@@ -9,6 +9,7 @@ import types
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -76,7 +77,9 @@ def read(name: str, overrides: Sequence[str] = ()) -> Raw:
         for part in reversed(key.split(".")):
             nested = {part: nested}
         raw.values = _merge(raw.values, nested)
-        raw.places |= dict.fromkeys(_keys(parsed, key), f"override {text}")
+        place, sections = f"override {text}", accumulate(key.split("."), "{}.{}".format)
+        raw.places = dict.fromkeys(sections, place) | raw.places
+        raw.places |= dict.fromkeys(_keys(parsed, key), place)
     return raw
 
 
@@ -174,11 +177,13 @@ def _explain(problem: Any, raw: Raw, model: type[BaseModel]) -> str:
     parts = [str(part) for part in problem["loc"]]
     key = ".".join(_written(parts, raw.values))
     if problem["type"].startswith("union_tag"):
-        known, kind = problem["ctx"]["expected_tags"], problem["ctx"].get("tag")
+        kinds = ", ".join(m.model_fields["kind"].default for m in _sections(model, parts))
+        kind = problem["ctx"].get("tag")
         wrong = f"{key}.kind={kind} is unknown" if kind else f"the key {key}.kind is missing"
-        return f"{raw.place(f'{key}.kind')}: {wrong}; known are {known}"
+        return f"{raw.place(f'{key}.kind')}: {wrong}; known are {kinds}"
     if problem["type"] == "extra_forbidden":
-        known = list(_fields(model, parts[:-1]))
+        sections = _sections(model, parts[:-1])
+        known = list(dict.fromkeys(name for m in sections for name in m.model_fields))
         near = difflib.get_close_matches(parts[-1], known, 1, cutoff=0.5)
         prefix = f"{key.rpartition('.')[0]}." if "." in key else ""
         hint = f"did you mean {prefix}{near[0]}?" if near else f"known are {', '.join(known)}"
@@ -198,8 +203,8 @@ def _written(parts: Sequence[str], values: Any) -> Iterator[str]:
         values = values.get(part) if isinstance(values, dict) else None
 
 
-def _fields(model: Any, parts: Sequence[str]) -> Iterator[str]:
-    """Names of the fields of the section at ``parts``, tags of unions among them."""
+def _sections(model: Any, parts: Sequence[str]) -> list[Any]:
+    """The models that the section at ``parts`` may have; tags of unions among them choose one."""
     models = [model]
     for part in parts:
         nested: list[Any] = []
@@ -209,7 +214,7 @@ def _fields(model: Any, parts: Sequence[str]) -> Iterator[str]:
             elif "kind" in m.model_fields and m.model_fields["kind"].default == part:
                 nested.append(m)
         models = nested or models
-    yield from dict.fromkeys(name for m in models for name in m.model_fields)
+    return models
 
 
 def _models(annotation: Any) -> Iterator[Any]:

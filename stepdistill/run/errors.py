@@ -8,9 +8,13 @@ import signal
 class UserError(ValueError):
     """Bad input, told in one line that names the key, file or value and the mend (exit code 2)."""
 
+    code = 2
+
 
 class CheckFailed(RuntimeError):  # noqa: N818
     """A check of the product's own fell short; the line gives the figures (exit code 1)."""
+
+    code = 1
 
 
 class Stopped(Exception):  # noqa: N818

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import AbstractContextManager
+from inspect import signature
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from stepdistill.run.errors import UserError
 from stepdistill.run.player import Player
+
+# Training changes no buffers of these networks; newer torch has another name for saying so.
+_KNOWN = signature(DistributedDataParallel).parameters
+_NO_BUFFERS: dict[str, Any] = {
+    "forward_sync_buffers" if "forward_sync_buffers" in _KNOWN else "broadcast_buffers": False
+}
 
 
 class Processes:
@@ -67,7 +74,7 @@ class Processes:
             for param in player.params:
                 param.requires_grad_(True)
             ids = [self.device.index] if self.device.type == "cuda" else None
-            net = DistributedDataParallel(net, device_ids=ids, broadcast_buffers=False)
+            net = DistributedDataParallel(net, device_ids=ids, **_NO_BUFFERS)
             for param in player.params:
                 param.requires_grad_(False)
         player.wrapper = None if net is player.denoiser.net else net

@@ -31,7 +31,7 @@ class ReflowConfig(TrainConfig):
 
     pairs: PairsConfig = Field(default_factory=PairsConfig, description="noise and its images")
     t: Density = Field(default_factory=UShaped, description="density of training times")
-    metric: ReflowMetric = Field("huber", description="l2, or (1 - t) Huber (rf++)")
+    metric: ReflowMetric = Field("huber", description="l2, huber, or faded_huber (1 - t)")
 
 
 class ReflowTrainer(Trainer):

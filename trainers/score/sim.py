@@ -13,6 +13,7 @@ from pydantic import Field
 
 from stepdistill.data.batch import Batch
 from stepdistill.diffusion.guidance import guided
+from stepdistill.diffusion.process import expand
 from stepdistill.diffusion.sampler import full
 from stepdistill.losses.implicit import Form, Space, sim_loss
 from stepdistill.losses.regression import huber_constant
@@ -68,6 +69,10 @@ class SIMTrainer(ScoreTrainer):
             detach_norm=c.detach_norm,
         ).mean()
         (direction,) = torch.autograd.grad(loss, leaf)
+        # Where the scores are one, as in the first step, the rest is rounding, which Adam would
+        # blow up to a full step.
+        one = (fake == real).flatten(1).all(dim=1)
+        direction = direction.masked_fill(expand(one, direction), 0.0)
         return Loss((made.x * direction).sum(), {"loss": loss, "gap": (fake - real).abs().mean()})
 
     def passes(self) -> list[Pass]:

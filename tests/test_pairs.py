@@ -1,0 +1,213 @@
+"""The pair store: resumable to the shard, the same bytes for any number of workers."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from stepdistill.data.pairs import MANIFEST, PairPlan, PairStore, make_pairs, shard_path, whole
+from stepdistill.diffusion.cond import Cond
+from stepdistill.run.errors import UserError
+from tests.children import CONTEXT, Child, ranks, stepdistill
+
+PLAN = PairPlan(
+    teacher="toy 0", steps=2, guidance=1.0, num=50, seed=3, shape=(1, 4, 4), classes=3, shard=8
+)
+
+
+def draw(z: Tensor, cond: Cond) -> Tensor:
+    assert cond.label is not None
+    return torch.tanh(z + cond.label[:, None, None, None])
+
+
+def make(root: Path, plan: PairPlan = PLAN, *, rank: int = 0, world: int = 1, **keys) -> list[int]:
+    told: list[int] = []
+    keys = {"draw": draw, "batch_size": 3, "told": told.append, **keys}
+    make_pairs(root, plan, rank=rank, world=world, **keys)
+    return told
+
+
+def files(root: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in root.iterdir()}
+
+
+def test_what_is_in_a_store(tmp_path) -> None:
+    told = make(tmp_path)
+    assert sum(told) == PLAN.num
+    assert len(list(tmp_path.glob("pairs-*.safetensors"))) == PLAN.shards() == 7
+    assert json.loads((tmp_path / MANIFEST).read_text())["num"] == 50
+    store, index = PairStore(tmp_path, PLAN), torch.arange(50)
+    assert torch.equal(store.label, PLAN.labels(index))
+    assert torch.equal(store.x, draw(PLAN.noise(index), Cond(store.label)))
+    assert set(store.label.tolist()) == {0, 1, 2}
+
+
+def test_batches_pair_noise_with_its_image_and_share_a_step(tmp_path) -> None:
+    make(tmp_path)
+    store = PairStore(tmp_path, PLAN)
+    seen: list[float] = []
+    for step in range(5):
+        z, x, label = store.batch(step, 10, 0, slice(0, 10))
+        assert torch.equal(x, draw(z, Cond(label)))
+        parts = [store.batch(step, 10, 0, slice(k, k + 5)) for k in (0, 5)]
+        for whole_one, halves in zip((z, x, label), zip(*parts, strict=True), strict=True):
+            assert torch.equal(whole_one, torch.cat(halves))
+        seen += z[:, 0, 0, 0].tolist()
+    assert len(set(seen)) == 50  # one epoch uses every pair once
+
+
+@pytest.mark.parametrize("world", [2, 3, 9])
+def test_any_number_of_workers_writes_the_same_bytes(tmp_path, world) -> None:
+    make(tmp_path / "one")
+    for rank in range(world):
+        make(tmp_path / "many", rank=rank, world=world)
+    assert files(tmp_path / "many") == files(tmp_path / "one")
+
+
+def test_bytes_are_the_same_in_another_process(tmp_path) -> None:
+    make(tmp_path / "here")
+    child = CONTEXT.Process(target=make, args=(tmp_path / "there",))
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
+    assert files(tmp_path / "there") == files(tmp_path / "here")
+
+
+def test_shards_that_are_whole_are_not_made_again_and_torn_ones_are(tmp_path) -> None:
+    make(tmp_path)
+    before = files(tmp_path)
+    made: list[int] = []
+
+    def counting(z: Tensor, cond: Cond) -> Tensor:
+        made.append(len(z))
+        return draw(z, cond)
+
+    assert sum(make(tmp_path, draw=counting)) == 50 and made == []
+    torn = shard_path(tmp_path, 2)
+    torn.write_bytes(torn.read_bytes()[:-5])
+    shard_path(tmp_path, 4).unlink()
+    shard_path(tmp_path, 5).write_bytes(b"")
+    (tmp_path / f".tmp-{shard_path(tmp_path, 6).name}").write_bytes(b"left by a killed worker")
+    shard_path(tmp_path, 6).unlink()
+    with pytest.raises(UserError, match=r"4 of 7 shards are missing or torn, first pairs-000002"):
+        PairStore(tmp_path, PLAN)
+    assert not whole(tmp_path, PLAN, 2)
+    make(tmp_path, draw=counting)
+    assert sum(made) == 8 + 8 + 8 + 2
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "change", [{"seed": 4}, {"num": 49}, {"steps": 3}, {"teacher": "toy 1"}, {"guidance": 2.0}]
+)
+def test_another_plan_is_refused(tmp_path, change) -> None:
+    make(tmp_path)
+    before, other = files(tmp_path), replace(PLAN, **change)
+    for use in (make, PairStore):
+        with pytest.raises(UserError, match=r"pairs-000000.* another plan; give pairs.path an em"):
+            use(tmp_path, other)
+    assert files(tmp_path) == before
+
+
+def test_noise_that_cannot_be_made_again_is_refused(tmp_path, monkeypatch) -> None:
+    make(tmp_path)
+    monkeypatch.setattr(PairPlan, "noise", lambda self, index: torch.ones(len(index), 1, 4, 4))
+    with pytest.raises(UserError, match="pairs-000000.*its noise cannot be made again"):
+        PairStore(tmp_path, PLAN)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_image_that_is_not_finite_is_named(tmp_path, value) -> None:
+    def spoilt(z: Tensor, cond: Cond) -> Tensor:
+        x = draw(z, cond)
+        x[z == PLAN.noise(torch.tensor([21]))] = value
+        return x
+
+    with pytest.raises(UserError, match="pairs: image 21 is not finite"):
+        make(tmp_path, draw=spoilt)
+    assert [whole(tmp_path, PLAN, shard) for shard in range(4)] == [True, True, False, False]
+
+
+def test_unconditional_pairs(tmp_path) -> None:
+    plan = replace(PLAN, classes=0)
+
+    def blind(z: Tensor, cond: Cond) -> Tensor:
+        assert cond.label is None
+        return z.tanh()
+
+    make(tmp_path, plan, draw=blind)
+    assert not PairStore(tmp_path, plan).label.any()
+
+
+# Killed workers -----------------------------------------------------------------------------------
+
+
+def _slowly(root: str, rank: int, world: int) -> None:
+    def slow(z: Tensor, cond: Cond) -> Tensor:
+        time.sleep(0.004)
+        return draw(z, cond)
+
+    make(Path(root), rank=rank, world=world, draw=slow)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_workers_killed_at_a_random_moment_leave_a_store_that_can_be_finished(
+    tmp_path, seed
+) -> None:
+    make(tmp_path / "whole")
+    cut, moment = tmp_path / "cut", random.Random(seed)
+    for world in (1, 3):
+        workers = [
+            CONTEXT.Process(target=_slowly, args=(str(cut), rank, world)) for rank in range(world)
+        ]
+        for worker in workers:
+            worker.start()
+        time.sleep(moment.uniform(0.05, 0.15))
+        for worker in workers:
+            assert worker.pid is not None
+            os.kill(worker.pid, signal.SIGKILL)
+            worker.join()
+    make(cut)
+    assert files(cut) == files(tmp_path / "whole")
+
+
+def command(run: str, *more: str) -> list[str]:
+    keys = ["pairs.num=200", "pairs.steps=8", "pairs.shard=16", "pairs.batch_size=8"]
+    return ["pairs", "reflow-digits", f"run={run}", *keys, *more]
+
+
+def test_the_command_killed_and_run_again_and_by_three_processes(tmp_path) -> None:
+    done = stepdistill(*command("whole"), folder=tmp_path)
+    assert (done.code, done.out) == (0, "whole/pairs\n")
+    child = Child(command("cut"), tmp_path)
+    child.when(lambda: len(list((tmp_path / "cut").glob("pairs/pairs-*"))) >= 2)
+    child.signal(signal.SIGKILL)
+    assert child.wait().code == -signal.SIGKILL
+    assert len(list((tmp_path / "cut").glob("pairs/pairs-*"))) < 13
+    jobs = ranks(command("cut"), tmp_path, world=3)
+    assert [job.wait().code for job in jobs] == [0, 0, 0]
+    assert files(tmp_path / "cut" / "pairs") == files(tmp_path / "whole" / "pairs")
+    done = stepdistill(*command("whole", "pairs.seed=1"), folder=tmp_path)
+    assert done.code == 2 and "pairs of another plan" in done.err.splitlines()[-1]
+
+
+def test_the_command_stopped_by_a_signal(tmp_path) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        child = Child(command("run"), tmp_path)
+        root = tmp_path / "run" / "pairs"
+        before = len(list(root.glob("pairs-*")))
+        child.when(lambda root=root, n=before: len(list(root.glob("pairs-*"))) > n)
+        child.signal(number)
+        done = child.wait()
+        assert done.code == 128 + number
+        assert "Traceback" not in done.err
+    assert stepdistill(*command("run"), folder=tmp_path).code == 0

@@ -49,7 +49,7 @@ def teacher(config: Config, overrides: Overrides = None) -> None:
     """Train a many-step teacher from scratch; it is saved as RUN/pipeline."""
     from stepdistill.commands.teacher import teacher as run
 
-    print(run(config, overrides or ()))
+    _show(run(config, overrides or ()))
 
 
 @app.command()
@@ -57,7 +57,7 @@ def pairs(config: Config, overrides: Overrides = None) -> None:
     """Make the pairs of noise and image that a reflow config trains on."""
     from stepdistill.commands.pairs import pairs as run
 
-    print(run(config, overrides or ()))
+    _show(run(config, overrides or ()))
 
 
 @app.command()
@@ -65,7 +65,7 @@ def train(config: Config, overrides: Overrides = None) -> None:
     """Distil a teacher as a config says; also by `accelerate launch -m stepdistill train ...`."""
     from stepdistill.commands.train import train as run
 
-    print(run(config, overrides or ()))
+    _show(run(config, overrides or ()))
 
 
 @app.command()
@@ -125,6 +125,9 @@ def eval(  # noqa: A001
     features: Annotated[
         str | None, typer.Option(help="feature space: digits, pixels or inception")
     ] = None,
+    clip_model: Annotated[
+        str, typer.Option(help="open_clip model/weights, or local-dir:FOLDER")
+    ] = "ViT-B-32/laion2b_s34b_b79k",
     seed: Annotated[int, typer.Option(help="seed of the samples")] = 0,
     teacher: Annotated[
         str | None, typer.Option(help="teacher for the rows beside; the card's own if left out")
@@ -147,6 +150,7 @@ def eval(  # noqa: A001
         num=num,
         metrics=metrics,
         features=features,
+        clip_model=clip_model,
         seed=seed,
         teacher=teacher,
         teacher_steps=teacher_steps,
@@ -195,6 +199,12 @@ def doctor() -> None:
     raise typer.Exit(run())
 
 
+def _show(path: Path) -> None:
+    """Print a result once, however many processes made it."""
+    if os.environ.get("RANK", "0") == "0":
+        print(path)
+
+
 def _version(asked: bool) -> None:
     if asked:
         print(f"stepdistill {__version__}")
@@ -231,6 +241,11 @@ def guarded(call: Callable[[], object]) -> int:
     except (CheckFailed, Stopped, UserError) as error:
         print(f"stepdistill: {' '.join(str(error).split())}", file=sys.stderr)
         return error.code
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"stepdistill: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
     except Misuse as error:
         place = error.ctx.command_path if error.ctx else "stepdistill"
         message = error.format_message().rstrip(".")

@@ -78,11 +78,11 @@ class Child:
         os.kill(self.process.pid, number)
 
     def when(self, ready: Callable[[], bool], seconds: float = 120) -> None:
-        """Return as soon as something is so while the child runs."""
-        end = time.monotonic() + seconds
+        """Return as soon as something is so; the test fails if the child ends without it."""
+        end, running = time.monotonic() + seconds, True
         while not ready():
-            running = self.process.is_alive() and time.monotonic() < end
             assert running, f"never came to it: {self._err.read_text()}"
+            running = self.process.is_alive() and time.monotonic() < end
             time.sleep(0.002)
 
 

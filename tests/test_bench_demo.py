@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from stepdistill.commands import bench
-from stepdistill.commands.demo import BOUNDS, METHODS, judge
+from stepdistill.commands.demo import METHODS, RATIOS, SPREADS, judge
 from stepdistill.eval.runner import Row
 from stepdistill.run.errors import CheckFailed, UserError
 
@@ -45,18 +45,22 @@ TEACHER = [row("teacher", n, fd) for n, fd in ((1, 6.5), (2, 3.7), (4, 1.3), (32
 
 
 def test_every_method_of_the_demo_has_a_bound() -> None:
-    assert {method for method, _ in BOUNDS} == set(METHODS)
+    assert {method for method, _ in RATIOS} == set(METHODS) == set(SPREADS)
 
 
-@pytest.mark.parametrize("method,steps", list(BOUNDS))
+@pytest.mark.parametrize("method,steps", list(RATIOS))
 def test_a_row_at_its_bound_passes_and_one_beyond_fails(method: str, steps: int, capsys) -> None:
-    bound = BOUNDS[method, steps]
-    judge(TEACHER, [row(method, steps, 0.3 * bound.ratio * 0.999)], full=True)
+    most = 0.3 * RATIOS[method, steps]
+    judge(TEACHER, [row(method, steps, most * 0.999)], full=True)
     with pytest.raises(CheckFailed, match=f"{method} at {steps} steps: r "):
-        judge(TEACHER, [row(method, steps, 0.3 * bound.ratio * 1.01)], full=True)
-    wide = 5.8 * (1 + bound.diversity * 1.05)
+        judge(TEACHER, [row(method, steps, most * 1.01)], full=True)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_too_wide_a_row_fails_at_any_number_of_steps(method: str, capsys) -> None:
+    judge(TEACHER, [row(method, 2, 0.2, 5.8 * (1 + SPREADS[method] * 0.95))], full=True)
     with pytest.raises(CheckFailed, match="diversity"):
-        judge(TEACHER, [row(method, steps, 0.2, wide)], full=True)
+        judge(TEACHER, [row(method, 2, 0.2, 5.8 * (1 + SPREADS[method] * 1.05))], full=True)
 
 
 def test_a_row_worse_than_the_teacher_at_its_steps_fails(capsys) -> None:

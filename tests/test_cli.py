@@ -59,7 +59,10 @@ MISTAKES = [
     # configs
     (["train", "sim-digit"], r"config sim-digit: no such file; did you mean sim-digits\?"),
     (["train", "broken.yaml"], r"broken.yaml:3: not YAML: "),
-    ([*TRAIN, "optim.lrr=1"], r"override optim.lrr=1: unknown key optim.lrr; did you mean optim.lr"),
+    (
+        [*TRAIN, "optim.lrr=1"],
+        r"override optim.lrr=1: unknown key optim.lrr; did you mean optim.lr",
+    ),
     ([*TRAIN, "batch_size=0"], r"override batch_size=0: batch_size=0: input should be greater"),
     ([*TRAIN, "method=simm"], r"method 'simm' is unknown; did you mean sim\?"),
     ([*TRAIN, "eval.steps=3"], r"eval.steps=3: this student samples in 1 steps"),

@@ -1,4 +1,4 @@
-"""The shipped teachers: what they weigh, that plain diffusers loads them, and how well they draw."""
+"""The shipped teachers: their size, that plain diffusers loads them, and how well they draw."""
 
 from __future__ import annotations
 

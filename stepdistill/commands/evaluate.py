@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 from stepdistill.data.images import DataConfig, ImageSet, open_data
-from stepdistill.eval.clip import ClipScorer
+from stepdistill.eval.clip import ClipScorer, class_captions
 from stepdistill.eval.features import load_features
 from stepdistill.eval.fid import CleanFid
 from stepdistill.eval.generate import generate, load_pipeline
@@ -71,15 +72,19 @@ def evaluate(
     source = Path(teacher_path(str(target)))
     title = name or str(target)
     samples: dict[int | None, Tensor]
-    if source.is_dir() and not (source / "model_index.json").is_file():
+    captions: list[str] | None = None
+    if is_image_folder(source):
+        if "clip" in metrics:
+            raise UserError(f"clip: the images in {target} have no captions; give a pipeline")
         samples, seen = {None: load_images(source)[:num]}, None
     else:
-        trusted = trust_remote_code or str(target) in TEACHERS  # what ships with this package
-        pipe = load_pipeline(str(source), trust_remote_code=trusted, device=device_of())
+        pipe = load(target, trust_remote_code=trust_remote_code)
         chosen = available(pipe, steps, title)
         samples = {
             n: generate(pipe, num, seed=seed, steps=n, batch_size=batch_size) for n in chosen
         }
+        if "clip" in metrics:
+            captions = class_captions(pipe.config.get("classes") or (), num)
         seen = seed
     return figures_of(
         samples,
@@ -89,7 +94,40 @@ def evaluate(
         seed=seen,
         metrics=metrics,
         clip=clip,
+        captions=captions,
     )
+
+
+def is_image_folder(path: Path) -> bool:
+    """Whether a folder holds images and no pipeline."""
+    return path.is_dir() and not (path / "model_index.json").is_file()
+
+
+def load(target: str | Path, *, trust_remote_code: bool) -> Any:
+    """A pipeline on this machine's device; the shipped teachers need no trust."""
+    trusted = trust_remote_code or str(target) in TEACHERS
+    path = teacher_path(str(target))
+    return load_pipeline(path, trust_remote_code=trusted, device=device_of())
+
+
+def teacher_beside(
+    target: str, asked: str | None, *, trust_remote_code: bool
+) -> tuple[str | None, str]:
+    """The teacher whose rows stand beside, and, if there is none, why.
+
+    Raises:
+        UserError: one that was asked for by name cannot be loaded.
+    """
+    name = asked or card_fact(Path(target), "teacher")
+    if not name or name in ("none", target):
+        return None, "no teacher is known for it; name one with --teacher for rows beside"
+    try:
+        load(name, trust_remote_code=trust_remote_code)
+    except UserError as error:
+        if asked:
+            raise
+        return None, f"its teacher's rows are missing: {error}"
+    return name, ""
 
 
 def available(pipe: Any, steps: Sequence[int], title: str) -> list[int]:
@@ -121,6 +159,7 @@ def evaluate_command(
     num: int,
     metrics: str,
     features: str | None,
+    clip_model: str,
     seed: int,
     teacher: str | None,
     teacher_steps: int,
@@ -141,7 +180,9 @@ def evaluate_command(
         raise UserError(f"--metrics {metric}: known are {', '.join(METRICS)}")
     counts = parse_steps(steps)
     real = open_reference(reference, features, wanted, device_of())
-    clip = ClipScorer(device=device_of()) if "clip" in wanted else None
+    clip = None
+    if "clip" in wanted:
+        clip = ClipScorer(*clip_model.split("/", 1), device=device_of())
     common: dict[str, Any] = {
         "num": num,
         "metrics": wanted,
@@ -150,10 +191,12 @@ def evaluate_command(
         "clip": clip,
         "trust_remote_code": trust_remote_code,
     }
+    beside, why = teacher_beside(target, teacher, trust_remote_code=trust_remote_code)
     rows = evaluate(target, real, steps=counts, **common)
-    beside = teacher or card_fact(Path(target), "teacher")
     teacher_rows: list[Row] = []
-    if beside and beside != "none" and beside != target:
+    if beside is None and target not in TEACHERS:
+        print(f"stepdistill: {why}", file=sys.stderr)
+    elif beside is not None:
         own = sorted({row.steps for row in rows if row.steps} | {teacher_steps})
         teacher_rows = evaluate(
             beside, real, steps=own, name=f"teacher {beside}", method="teacher", **common

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from stepdistill.pipelines.literal_grid import LiteralGridScheduler
 from stepdistill.pipelines.verify import VerificationError, noise_from_seeds, verify_folder
 from stepdistill.run.assets import load_teacher
 from stepdistill.run.errors import UserError
+from stepdistill.run.log import read_rows
 from stepdistill.trainers.base import Trainer
 
 SEEDS = tuple(range(8))
@@ -31,7 +32,7 @@ def export(
     *,
     steps: int | None = None,
     overwrite: bool = False,
-    figures: Sequence[dict[str, Any]] = (),
+    figures: Sequence[Mapping[str, Any]] = (),
     tolerance: float = 1e-5,
 ) -> float:
     """Write a run's student as a pipeline folder, reload it in a clean interpreter and compare.
@@ -41,7 +42,7 @@ def export(
         out: the folder to write.
         steps: steps when none are asked for; the most that the student was trained for if None.
         overwrite: replace a pipeline folder that is there.
-        figures: measured rows for the model card.
+        figures: measured rows for the model card; those of the run's own log if left out.
         tolerance: largest difference allowed to the training sampler's images in [0, 1].
 
     Returns:
@@ -90,7 +91,7 @@ def export(
 
 
 def student_card(
-    trainer: Trainer, scheduler: Any, run: Path, out: Path, figures: Sequence[dict[str, Any]]
+    trainer: Trainer, scheduler: Any, run: Path, out: Path, figures: Sequence[Mapping[str, Any]]
 ) -> str:
     """The model card of a student."""
     config = trainer.config
@@ -100,13 +101,21 @@ def student_card(
         teacher=config.teacher,
         method=config.method,
         data=config.data.source if trainer.needs == "data" else "none (the teacher alone)",
-        command=f"stepdistill export {run} --out {out}",
+        command=f"stepdistill train {run / 'config.yaml'}\nstepdistill export {run} --out {out}",
         default_steps=scheduler.config.default_steps,
         classes=trainer.teacher.classes or None,
         grids=scheduler.config.grids,
         noise=trainer.noise,
-        figures=figures,
+        figures=figures or logged_figures(run),
     )
+
+
+def logged_figures(run: Path) -> list[dict[str, Any]]:
+    """The last figures that a run wrote while it trained."""
+    rows = [row for row in read_rows(run) if "eval" in row]
+    if not rows:
+        return []
+    return [{"after training steps": rows[-1]["step"], **rows[-1]["eval"]}]
 
 
 def finished(run: Path) -> Trainer:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from stepdistill.commands.job import job
 from stepdistill.commands.read import read_config
 from stepdistill.commands.watch import Watch
 from stepdistill.data.pairs import PairPlan, make_pairs
@@ -17,9 +18,7 @@ from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.diffusion.sampler import sample
 from stepdistill.diffusion.timesteps import uniform_grid
-from stepdistill.run.assets import load_teacher
 from stepdistill.run.errors import UserError
-from stepdistill.run.memory import keep_freed_memory
 from stepdistill.run.ranks import Processes
 from stepdistill.trainers.flow.reflow import ReflowConfig
 
@@ -33,13 +32,8 @@ def pairs(name: str, overrides: Sequence[str] = ()) -> Path:
     _, config = read_config(name, overrides)
     if not isinstance(config, ReflowConfig):
         raise UserError(f"{name}: the method {config.method} uses no pairs; reflow does")
-    keep_freed_memory()
-    processes = Processes(config.precision, config.device)
-    try:
-        teacher = load_teacher(config.teacher, processes.device)
+    with job(config) as (processes, teacher):
         return make(config, teacher, processes, Watch(config, main=processes.main))
-    finally:
-        processes.close()
 
 
 def store_folder(config: ReflowConfig) -> Path:
@@ -50,7 +44,8 @@ def store_folder(config: ReflowConfig) -> Path:
 def plan_of(config: ReflowConfig, teacher: Denoiser) -> PairPlan:
     """What a config's pairs are."""
     return PairPlan(
-        teacher=f"{config.teacher} {weights_hash(teacher)}",
+        teacher=weights_hash(teacher),
+        precision=config.precision,
         steps=config.pairs.steps,
         guidance=config.guidance,
         num=config.pairs.num,

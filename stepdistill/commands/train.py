@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
+from stepdistill.commands.job import job
 from stepdistill.commands.pairs import make, plan_of
 from stepdistill.commands.read import read_config
 from stepdistill.commands.watch import Watch
@@ -15,11 +16,8 @@ from stepdistill.data.loader import Loader
 from stepdistill.data.order import share
 from stepdistill.data.pairs import PairStore
 from stepdistill.diffusion.denoiser import Denoiser
-from stepdistill.run.assets import load_teacher
 from stepdistill.run.errors import UserError
-from stepdistill.run.memory import keep_freed_memory
 from stepdistill.run.ranks import Processes
-from stepdistill.run.xformers import enable_xformers
 from stepdistill.trainers.base import Trainer
 from stepdistill.trainers.flow.reflow import ReflowConfig
 from stepdistill.trainers.loop import Loop
@@ -48,15 +46,7 @@ def train(name: str, overrides: Sequence[str] = ()) -> Path:
 
 def fit(cls: type[Trainer], config: TrainConfig, fresh: Denoiser | None = None) -> Path:
     """Train with a validated config; ``fresh`` is a network to train from scratch."""
-    processes = Processes(config.precision, config.device, config.compile)
-    if processes.device.type == "cpu":
-        keep_freed_memory()
-    teacher = fresh or load_teacher(config.teacher)
-    teacher.to(processes.device)
-    if config.xformers:
-        enable_xformers(teacher.net)
-    watch = Watch(config, main=processes.main)
-    try:
+    with job(config, fresh) as (processes, teacher):
         trainer = cls(
             config,
             teacher,
@@ -65,12 +55,11 @@ def fit(cls: type[Trainer], config: TrainConfig, fresh: Denoiser | None = None) 
             wrap=processes.wrap,
             autocast=processes.autocast,
         )
-        watch.prepare(trainer)
-        source = Source(trainer, processes, watch)
-        Loop(trainer, source.batches, processes, watch).fit()
-    finally:
-        watch.close()
-        processes.close()
+        with closing(Watch(config, main=processes.main)) as watch:
+            watch.prepare(trainer)
+            source = Source(trainer, processes, watch)
+            Loop(trainer, source.batches, processes, watch).fit()
+            source.report()
     return Path(config.run)
 
 
@@ -92,6 +81,12 @@ class Source:
         if trainer.needs == "data":
             self.images = open_data(trainer.config.data)
             check_fit(self.images, trainer.teacher)
+
+    def report(self) -> None:
+        """Say how many broken images were left out."""
+        broken = getattr(self.images, "skipped", ())
+        if broken:
+            self.watch.say(f"{len(broken)} broken images were left out, first {broken[0].path}")
 
     def batches(self, start: int) -> Iterator[Batch]:
         """Batches from a step on."""
@@ -127,8 +122,7 @@ class Source:
         c, p = self.trainer.config, self.processes
         part = share(c.batch_size, p.rank, p.world)
         for step in range(start, c.steps):
-            tensors = store.batch(step, c.batch_size, c.seed, part)
-            z, x, label = (v.to(p.device, non_blocking=True) for v in tensors)
+            z, x, label = store.batch(step, c.batch_size, c.seed, part, p.device)
             yield self.trainer.batch(step, x, label, z)
 
 

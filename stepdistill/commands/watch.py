@@ -56,7 +56,13 @@ class Watch:
             names = ", ".join(map(str, known))
             raise UserError(f"eval.steps={steps}: this student samples in {names} steps")
         if self.main and self.config.eval.every_steps:
+            shape = trainer.teacher.sample_shape
             data, c = open_data(self.config.data), self.config.eval
+            if data.shape != shape:
+                raise UserError(
+                    f"eval.every_steps: the images of data.source={self.config.data.source} are "
+                    f"{data.shape}, the student's {shape}; name its own images, or set it to 0"
+                )
             features = load_features(c.features, trainer.device, shape=data.shape)
             self._reference = Reference(data, features)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import resource
 import sys
 import time
 from pathlib import Path
@@ -47,8 +46,18 @@ def peak_memory_bytes() -> int:
     """Most memory held so far: the device's on CUDA, else the process's."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return int(torch.cuda.max_memory_allocated())
+    import resource  # not on Windows
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def read_rows(run: Path) -> list[dict[str, Any]]:
+    """Rows of a run's log.jsonl; none if it has no log."""
+    path = run / "log.jsonl"
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 class Log:
@@ -69,7 +78,8 @@ class Log:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step or None)
+            purge = step + 1 if step else None
+            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=purge)
 
     def _cut(self, step: int) -> float:
         """Drop rows after ``step`` and torn ones; the seconds that the rest took."""

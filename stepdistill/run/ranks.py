@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from inspect import signature
 from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -29,7 +30,7 @@ class Processes:
 
     Args:
         precision: of the networks' passes.
-        device: "auto", "cpu", "cuda" or "mps".
+        device: "auto" (CUDA, else the CPU), "cpu", "cuda" or "mps".
         compiled: run the players' networks through torch.compile.
 
     Raises:
@@ -46,10 +47,27 @@ class Processes:
             raise UserError("device=cuda: this machine has no usable CUDA device; use device=cpu")
         if device == "mps" and not torch.backends.mps.is_available():
             raise UserError("device=mps: this machine has none; use device=cpu")
-        asked_cpu = device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU")
-        self.accelerator = Accelerator(
-            cpu=asked_cpu, mixed_precision={"fp32": "no", "bf16": "bf16"}[precision]
-        )
+        env_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
+        if device != "cpu" and env_cpu and device != "auto":
+            raise UserError(f"device={device}, but ACCELERATE_USE_CPU asks for the CPU; choose one")
+        for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+            if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
+                raise UserError(
+                    f"the launcher asks for {name}, which this version does not use; "
+                    "launch with plain data parallelism"
+                )
+        mixed = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if mixed not in ("no", precision):
+            raise UserError(f"the launcher asks for {mixed}, but precision={precision}; set it so")
+        auto_cpu = device == "auto" and not torch.cuda.is_available()
+        try:
+            self.accelerator = Accelerator(
+                cpu=device == "cpu" or env_cpu or auto_cpu,
+                mixed_precision={"fp32": "no", "bf16": "bf16"}[precision],
+                kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
+            )
+        except ValueError as error:
+            raise UserError(f"precision={precision}, device={device}: {error}") from error
         self.rank: int = self.accelerator.process_index
         self.world: int = self.accelerator.num_processes
         self.device: torch.device = self.accelerator.device

@@ -1,0 +1,203 @@
+"""Two processes with one global batch train as one does, and survive being killed."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from stepdistill.run import checkpoint
+from tests.children import ALONE, Done, losses, ranks, rows, stepdistill, weights
+
+METHODS = ("sim", "dmd", "phased_dmd", "consistency", "reflow")
+SMALL = "steps=6 batch_size=64 log.every_steps=1 log.tensorboard=false sample.every_steps=0".split()
+SMALL += "eval.every_steps=0 checkpoint.every_steps=2".split()
+PAIRS = "pairs.num=100 pairs.steps=2 pairs.shard=16".split()
+
+
+def command(method: str, run: str, *more: str) -> list[str]:
+    pairs = PAIRS if method == "reflow" else []
+    return ["train", f"{method}-digits", f"run={run}", *SMALL, *pairs, *more]
+
+
+def job(folder: Path, method: str, run: str, *more: str) -> list[Done]:
+    """Train in two processes to the end."""
+    return [child.wait() for child in ranks(command(method, run, *more), folder)]
+
+
+def launch(folder: Path, launcher: list[str], *args: str) -> subprocess.CompletedProcess[str]:
+    """A job by one of the launchers that users have, in fresh interpreters."""
+    env = {**os.environ, **ALONE, "ACCELERATE_USE_CPU": "1"}
+    command = [str(Path(sys.executable).with_name(launcher[0])), *launcher[1:], *args]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("two")
+
+
+@pytest.fixture(scope="module")
+def pair(folder: Path) -> dict[str, Path]:
+    """An uninterrupted run of each method in two processes."""
+    for method in METHODS:
+        done = job(folder, method, f"two-{method}")
+        assert [one.code for one in done] == [0, 0], done
+        assert done[1].err == ""  # one of them talks
+    return {method: folder / f"two-{method}" for method in METHODS}
+
+
+def same_curve(a: Path, b: Path) -> None:
+    """The same losses at every step, to 1e-5 (relative where they are above 1).
+
+    Sums over two halves round otherwise than one sum, and the first update of a fresh Adam is the
+    gradient's sign, so now and then an entry near zero flips. What is divided by a small gap, or
+    is a norm of gradients, shows that ten times as much.
+    """
+    first, second = losses(a), losses(b)
+    assert len(first) == len(second) == 6
+    for one, two in zip(first, second, strict=True):
+        assert one.keys() == two.keys()
+        for name, value in one.items():
+            slack = 1e-4 if name.endswith(("grad_norm", "direction")) else 1e-5
+            assert two[name] == pytest.approx(value, rel=slack, abs=slack), name
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_have_the_curve_of_one(folder, pair, method) -> None:
+    assert stepdistill(*command(method, f"one-{method}"), folder=folder).code == 0
+    same_curve(folder / f"one-{method}", pair[method])
+    one, two = rows(folder / f"one-{method}"), rows(pair[method])
+    assert [row["step"] for row in one] == [row["step"] for row in two]
+    entries = {path.name for path in pair[method].iterdir()}
+    assert entries == {path.name for path in (folder / f"one-{method}").iterdir()}
+    if method == "reflow":  # made by the two together
+        stores = [run / "pairs" for run in (pair[method], folder / "one-reflow")]
+        made = [{path.name: path.read_bytes() for path in store.iterdir()} for store in stores]
+        assert made[0] == made[1]
+
+
+def test_the_halves_are_not_the_same_half(folder, pair) -> None:
+    """The comparison sees it when both processes train on the first half of the batch."""
+    halves = command("consistency", "half", "batch_size=32")
+    assert stepdistill(*halves, folder=folder).code == 0
+    with pytest.raises(AssertionError):
+        same_curve(folder / "half", pair["consistency"])
+
+
+@pytest.mark.parametrize("method", ["phased_dmd", "consistency"])
+def test_a_killed_job_resumed_ends_the_same(folder, pair, method) -> None:
+    """All processes die at once, before and after a phase border; bit for bit."""
+    run = f"killed-{method}"
+    for row in (2, 5):
+        children = ranks(command(method, run, "resume=auto"), folder)
+        children[0].when(lambda row=row: len(rows(folder / run)) >= row)
+        time.sleep(0.01 * row)
+        for child in children:
+            child.signal(signal.SIGKILL)
+        assert {child.wait().code for child in children} <= {-signal.SIGKILL, 0}
+    done = job(folder, method, run, "resume=auto")
+    assert [one.code for one in done] == [0, 0]
+    assert weights(folder / run) == weights(pair[method])
+    newest = checkpoint.found(folder / run / "checkpoints")[0]
+    for path in newest.glob("*.safetensors"):
+        other = pair[method] / "checkpoints" / newest.name / path.name
+        assert path.read_bytes() == other.read_bytes()
+
+
+def test_a_signal_to_all_saves_once_and_resumes(folder, pair) -> None:
+    run = "signal"
+    children = ranks(command("sim", run, "checkpoint.every_steps=0"), folder)
+    children[0].when(lambda: len(rows(folder / run)) >= 2)
+    for child in children:
+        child.signal(signal.SIGTERM)
+    assert [child.wait().code for child in children] == [143, 143]
+    (saved,) = checkpoint.found(folder / run / "checkpoints")
+    assert checkpoint.problem(saved) is None
+    done = job(folder, "sim", run, "checkpoint.every_steps=0", "resume=auto")
+    assert [one.code for one in done] == [0, 0]
+    assert weights(folder / run) == weights(pair["sim"])
+
+
+def test_a_signal_to_one_stops_all(folder) -> None:
+    children = ranks(command("dmd", "one-told", "checkpoint.every_steps=0"), folder)
+    children[0].when(lambda: len(rows(folder / "one-told")) >= 2)
+    children[1].signal(signal.SIGTERM)
+    assert [child.wait().code for child in children] == [143, 143]
+    assert len(checkpoint.found(folder / "one-told" / "checkpoints")) == 1
+
+
+def test_figures_pictures_and_the_best_checkpoint(folder) -> None:
+    """Drawn by one process while the other waits."""
+    looks = "sample.every_steps=3 sample.num=4 sample.teacher_steps=2 eval.every_steps=3".split()
+    done = job(folder, "consistency", "looks", *looks, "eval.num=65")
+    assert [one.code for one in done] == [0, 0], done
+    assert len(list((folder / "looks" / "samples").iterdir())) == 2
+    assert len([row for row in rows(folder / "looks") if "eval" in row]) == 2
+
+
+def test_a_batch_that_cannot_be_shared(folder) -> None:
+    for done in job(folder, "sim", "odd", "batch_size=7"):
+        assert done.code == 2
+        (line,) = done.err.splitlines()
+        assert "batch_size=7 does not divide among 2 processes; make it a multiple of 2" in line
+    assert not (folder / "odd").exists()
+
+
+# By the launchers themselves ----------------------------------------------------------------------
+
+
+def test_torchrun(folder, pair) -> None:
+    """As users start it, and with the words of one process."""
+    run = "torchrun"
+    launcher = ["torchrun", "--nproc_per_node", "2", "-m", "stepdistill"]
+    done = launch(folder, launcher, *command("phased_dmd", run))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{run}\n"
+    assert "Warning" not in done.stderr
+    assert weights(folder / run) == weights(pair["phased_dmd"])
+
+
+def test_accelerate_launch(folder) -> None:
+    launcher = ["accelerate", "launch", "--cpu", "-m", "stepdistill"]
+    done = launch(folder, launcher, *command("consistency", "launched"))
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^launched$", done.stdout, re.MULTILINE)
+    if not (folder / "one-consistency").exists():
+        stepdistill(*command("consistency", "one-consistency"), folder=folder)
+    assert weights(folder / "launched") == weights(folder / "one-consistency")
+
+
+@pytest.mark.parametrize(("value", "cpu"), [("1", True), ("true", True), ("False", False)])
+def test_the_launchers_word_on_the_cpu_is_read_as_it_means_it(monkeypatch, value, cpu) -> None:
+    """`accelerate launch` sets ACCELERATE_USE_CPU=False on a machine with a GPU."""
+    from stepdistill.run import ranks as module
+
+    asked: list[bool] = []
+
+    class Recorder:
+        process_index, num_processes, device = 0, 1, None
+
+        def __init__(self, *, cpu: bool, mixed_precision: str) -> None:
+            asked.append(cpu)
+
+    monkeypatch.setattr(module, "Accelerator", Recorder)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", value)
+    module.Processes()
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    module.Processes()
+    module.Processes(device="cpu")
+    assert asked == [cpu, False, True]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _clean(folder: Path) -> None:
+    yield
+    shutil.rmtree(folder)

@@ -13,6 +13,7 @@ from stepdistill.adapters.mlp import MLPAdapter, VectorMLP
 from stepdistill.data.batch import Batch
 from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.diffusion.process import EDM, RF, VP, Process, Trig
+from stepdistill.diffusion.timesteps import Grid
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Trainer
 from stepdistill.trainers.find import trainer
@@ -28,6 +29,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
             "target": "ema",
             "guidance_range": (1.0, 3.0),
         },
+        "data": {"solver": "data", "pairs": {"kind": "grid", "steps": 6}},
     },
     "denoising": {"flow": {"network": SMALL_NETWORK}},
     "dmd": {
@@ -61,6 +63,17 @@ def processes() -> dict[str, Process]:
         "trig": Trig(),
         "trig-1": Trig(sigma_data=1.0),
     }
+
+
+def start_scale(process: Process) -> float:
+    """Standard deviation of the state that a process's sampling starts from."""
+    return float(process.coefs(torch.tensor([process.t_max], dtype=torch.float64)).sigma)
+
+
+def karras_grid(steps: int, low: float = 0.002, high: float = 80.0, rho: float = 7.0) -> Grid:
+    """``steps`` noise levels of EDM from ``high`` to ``low``, evenly spaced in t^(1/rho)."""
+    ends = high ** (1 / rho), low ** (1 / rho)
+    return tuple((torch.linspace(*ends, steps, dtype=torch.float64) ** rho).tolist())
 
 
 def hermite(count: int) -> tuple[Tensor, Tensor]:

@@ -4,10 +4,33 @@ from __future__ import annotations
 
 import pytest
 
-from stepdistill.commands import bench
+from stepdistill.commands import bench, doctor
 from stepdistill.commands.demo import METHODS, RATIOS, SPREADS, judge
 from stepdistill.eval.runner import Row
 from stepdistill.run.errors import CheckFailed, UserError
+from stepdistill.trainers.find import methods
+
+
+@pytest.mark.parametrize(
+    ("override", "held"),
+    [
+        ("sim-digits", "4 (teacher, student, critic, average)"),
+        ("consistency-digits target=ema", "4 (teacher, student, average, target)"),
+        ("teacher-digits-dit", "2 (student, average)"),
+    ],
+)
+def test_bench_says_what_is_held(override: str, held: str, capsys) -> None:
+    config, *more = override.split()
+    bench.run("step", config, [*more, "batch_size=4", "device=cpu"], rounds=2, threads=1)
+    assert f"networks held: {held}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_doctor_reads_the_last_phase_and_the_passes() -> None:
+    made = doctor.digits_trainers()
+    assert set(made) == {method.name for method in methods()}
+    line = bench.held_line(made["phased_dmd"])
+    assert line == "5 (teacher, student, critic, average, expert)"
+    assert bench.passes_line(made["denoising"]) == "student train x 1"
 
 
 @pytest.mark.parametrize("method", ["sim", "phased_dmd"])

@@ -160,6 +160,8 @@ def test_doctor(folder) -> None:
     assert (done.code, done.err) == (0, "")
     for word in ("python", "torch", "diffusers", "device", "xformers", *TEACHERS, "parameters"):
         assert word in done.out
+    for method in methods():
+        assert re.search(rf"{method.name} .* \d \(\w+", done.out)  # networks held
 
 
 def test_sample_writes_images_and_keeps_what_is_there(folder) -> None:

@@ -299,3 +299,48 @@ def _misfits(value: Any, rule: dict[str, Any], defs: dict[str, Any]) -> Any:
                 yield from _misfits(nested, known[key], defs)
             elif rule.get("additionalProperties") is False:
                 yield f"unknown {key}"
+
+
+@pytest.mark.parametrize(
+    ("name", "override", "line"),
+    [
+        ("sim-digits", "optim.betas=[0.9, 1.0]", "optim.betas.1=1.0: input should be less than 1"),
+        ("sim-digits", "optim.lr=.inf", "optim.lr=inf: input should be a finite number"),
+        (
+            "dmd-digits",
+            "student_t={kind: uniform, low: 0.9, high: 0.1}",
+            "student_t.high=0.1: must not be below low=0.9",
+        ),
+        (
+            "consistency-digits",
+            "guidance_range=[3, 1]",
+            "guidance_range=[3, 1]: the first must not be above the second",
+        ),
+        (
+            "consistency-digits",
+            "guidance_range=[-1, 1]",
+            "guidance_range.0=-1: input should be greater than or equal to 0",
+        ),
+        (
+            "consistency-digits",
+            "pairs={kind: grid, steps: 4, skip: 5}",
+            "pairs.skip=5: must not be above steps=4",
+        ),
+        (
+            "phased_dmd-digits",
+            "levels=[1.0, 0.2, 0.6, 0.0]",
+            "levels=[1.0, 0.2, 0.6, 0.0]: must fall from pure noise to 0",
+        ),
+        (
+            "reflow-digits",
+            "t={kind: u_shaped, a: 1000}",
+            "t.a=1000: input should be less than or equal to 100",
+        ),
+        ("sim-digits", "eval.steps=0", "eval.steps=0: input should be greater than or equal to 1"),
+        ("sim-digits", "start=0", "start=0: input should be greater than 0"),
+    ],
+)
+def test_numbers_out_of_range_are_named_in_a_line(name, override, line) -> None:
+    with pytest.raises(UserError) as caught:
+        read_config(name, [override])
+    assert str(caught.value) == f"override {override}: {line}"

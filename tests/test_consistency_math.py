@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.diffusion.oracles import Oracle
 from stepdistill.diffusion.process import RF
-from stepdistill.losses.consistency import ect_partner, grid_partner, pair_weight
+from stepdistill.losses.consistency import ect_partner, pair_weight
 from stepdistill.losses.regression import distance, huber_constant, pseudo_huber
+from stepdistill.run.errors import UserError
 from stepdistill.run.rng import Rng
 from tests.helpers import batch_of, make, mlp_teacher, run
 
@@ -80,13 +82,17 @@ class Linear(Denoiser):
         return torch.tensor([[self.gain(float(level))] for level in t]) * x_t
 
 
+def student(teacher: Denoiser, gain: Gain) -> Linear:
+    made = Linear(teacher.net, RF(), "x0", adapter=teacher.adapter)
+    made.gain = gain
+    return made
+
+
 def loss_of(gain: Gain, step: int = 0, **keys: object) -> float:
     """The trainer's own loss for a student of the given gain."""
     teacher = Oracle(RF(), "velocity", torch.zeros(1, 1), STD)
     made = make("consistency", teacher, batch_size=64, metric="l2", weight="one", **keys)
-    student = Linear(teacher.net, RF(), "x0", adapter=teacher.adapter)
-    student.gain = gain
-    made.players["student"].denoiser = student
+    made.players["student"].denoiser = student(teacher, gain)
     return float(made.loss(batch_of(made, step), Rng(0).at(step)).value)
 
 
@@ -111,6 +117,50 @@ def test_fixed_point_of_ect_s_pairs(step, stage) -> None:
     keys = {"pairs": {"kind": "ect", "stages": 4}}
     assert loss_of(on_ect(stage), step, **keys) < 1e-10
     assert loss_of(on_ect(stage + 1), step, **keys) > 1e-7
+
+
+def best_scale(gain: Gain, count: int) -> float:
+    """Where the loss on the data's own states rests: the factor on gain(t), gain(r) being held."""
+    teacher = Oracle(RF(), "velocity", torch.zeros(1, 1), STD)
+    made = make(
+        "consistency",
+        teacher,
+        batch_size=20_000,
+        solver="data",
+        target="ema",
+        metric="l2",
+        weight="one",
+        pairs={"kind": "grid", "steps": count},
+    )
+    batch, rng = made.batch(0), Rng(3).at(0)
+    batch = replace(batch, x=STD * rng.normal("image", batch.index, (1,)))
+    made.target_net = student(teacher, gain)
+    losses = []
+    for factor in (0.9, 1.0, 1.1):
+        made.players["student"].denoiser = student(teacher, lambda t, f=factor: f * gain(t))
+        losses.append(float(made.loss(batch, rng).value))
+    low, middle, high = losses  # a parabola
+    return 1 - 0.05 * (high - low) / (high - 2 * middle + low)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_training_on_data_has_the_fixed_point_of_euler_s_steps(count) -> None:
+    """The mean of x_r given x_t is where one Euler step of the exact teacher leads."""
+    assert best_scale(on_grid(euler, count, 1), count) == pytest.approx(1.0, abs=0.01)
+    assert best_scale(exact, count) < 0.98
+
+
+def test_solver_data_asks_the_teacher_nothing() -> None:
+    """With it another teacher gives the same loss, and nothing can be guided."""
+    losses = []
+    for time_scale in (1000.0, 500.0):
+        made = make("consistency", mlp_teacher(time_scale=time_scale), solver="data")
+        made.players["student"].denoiser = mlp_teacher()
+        losses.append(float(made.loss(batch_of(made, 0), Rng(0).at(0)).value.detach()))
+    assert losses[0] == losses[1]
+    for keys in ({"guidance": 2.0}, {"guidance_range": (1.0, 3.0)}):
+        with pytest.raises(UserError, match="solver=data"):
+            make("consistency", mlp_teacher(), solver="data", **keys)
 
 
 def test_fixed_points_draw_near_the_exact_map() -> None:
@@ -143,7 +193,6 @@ def test_pairs_on_a_grid_cover_it_and_stop_at_zero() -> None:
     t, r = made.times(made.batch(0), Rng(0).at(0))
     pairs = {(round(float(a), 6), round(float(b), 6)) for a, b in zip(t, r, strict=True)}
     assert pairs == {(1.0, 0.6), (0.8, 0.4), (0.6, 0.2), (0.4, 0.0), (0.2, 0.0)}
-    assert torch.equal(grid_partner(torch.tensor([0.1, 0.5]), 0.2), torch.tensor([0.0, 0.3]))
 
 
 def test_estimate_at_zero_is_the_state_itself() -> None:

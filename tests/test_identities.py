@@ -15,10 +15,10 @@ from stepdistill.diffusion.timesteps import (
     Uniform,
     UShaped,
     flow_to_process,
-    karras_grid,
+    regular_start,
     uniform_grid,
 )
-from tests.helpers import hermite, processes, scaled_linear
+from tests.helpers import hermite, karras_grid, processes, scaled_linear, start_scale
 
 PROCESSES = processes()
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}
@@ -117,7 +117,9 @@ def test_velocity_is_the_path_s_derivative(process) -> None:
     x, z = samples(len(t))
     step = 1e-6 * t
     change = process.noise(x, z, t + step) - process.noise(x, z, t - step)
-    close(change / (2 * step).reshape(-1, 1, 1), process.velocity(x, z, t), rtol=1e-5, atol=1e-6)
+    c = process.coefs(t).expand(x)
+    speed = c.d_alpha * x + c.d_sigma * z
+    close(change / (2 * step).reshape(-1, 1, 1), speed, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("source", PROCESSES)
@@ -138,7 +140,7 @@ def test_translation_is_finite_at_pure_noise(source, target) -> None:
     t = torch.full((1,), a.t_max, dtype=torch.float64)
     y, at = translate(a.noise(x, z, t), t, a, b)
     close(at, torch.full((1,), b.t_max, dtype=torch.float64))
-    close(y, b.start_scale * z)
+    close(y, start_scale(b) * z)
 
 
 def test_flow_to_trig_closed_form() -> None:
@@ -224,6 +226,29 @@ def test_grids() -> None:
     assert edm[:-1] == pytest.approx(karras_grid(18)[:-1])
     assert edm[-1] == 0.0
     assert karras_grid(18)[-1] == pytest.approx(0.002)
+
+
+def ddpm_linear() -> VP:
+    return VP(torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), dim=0))
+
+
+def test_few_step_grids_start_where_the_clean_estimate_is_regular(process) -> None:
+    for head in set(HEADS) - {"eps"}:
+        assert regular_start(process, head) == 1.0
+        assert regular_start(ddpm_linear(), head) == 1.0
+    alphas = [
+        float(process.coefs(process.warp(torch.tensor([u], dtype=torch.float64))).alpha)
+        for u in (regular_start(process, "eps"), regular_start(process, "eps") + 1e-3)
+    ]
+    assert alphas[0] >= 0.05
+    assert alphas[1] < 0.05 or regular_start(process, "eps") == 1.0
+
+
+def test_starts_of_noise_predictors() -> None:
+    assert regular_start(ddpm_linear(), "eps") == 0.769  # alpha is 0.0064 at 1
+    assert regular_start(VP(scaled_linear()), "eps") == 1.0  # alpha is 0.068 there
+    assert regular_start(EDM(), "eps") == 1.0
+    assert regular_start(RF(), "eps") == 0.95
 
 
 def uniforms(count: int = 200_000) -> Tensor:

@@ -13,10 +13,12 @@ from torch import nn
 
 from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.run.errors import UserError
+from stepdistill.run.player import Player
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Loss, Trainer, Turn
 from stepdistill.trainers.find import methods, trainer
 from tests.helpers import (
+    SMALL_NETWORK,
     VARIANTS,
     batch_of,
     dit_teacher,
@@ -38,8 +40,8 @@ every_case = pytest.mark.parametrize(("method", "keys"), CASES)
 
 
 def networks(made: Trainer) -> dict[str, nn.Module]:
-    """Every network that a trainer holds, by name."""
-    found = {"teacher": made.teacher.net}
+    """Every network that a trainer holds, by name; what trains from scratch has no teacher."""
+    found = {} if from_scratch(made) else {"teacher": made.teacher.net}
     for name, player in made.players.items():
         found[name] = player.denoiser.net
         if player.ema is not None:
@@ -48,6 +50,11 @@ def networks(made: Trainer) -> dict[str, nn.Module]:
         if isinstance(value, Denoiser) and name != "teacher":
             found[name] = value.net
     return found
+
+
+def from_scratch(made: Trainer) -> bool:
+    """Whether the network handed over is itself trained, as ``denoising`` does."""
+    return any(player.denoiser is made.teacher for player in made.players.values())
 
 
 # The files -----------------------------------------------------------------------------------
@@ -127,7 +134,8 @@ def test_teacher_is_bit_identical_afterwards(method, keys) -> None:
     made = make(method, teacher, **keys)
     student = saved(made)[0]["student"]
     run(made, 0, 4)
-    assert all(torch.equal(v, before[k]) for k, v in teacher.net.state_dict().items())
+    frozen = all(torch.equal(v, before[k]) for k, v in teacher.net.state_dict().items())
+    assert frozen or from_scratch(made)
     assert not torch.equal(
         saved(made)[0]["student"]["net.leave.weight"], student["net.leave.weight"]
     )
@@ -145,7 +153,8 @@ def test_images_and_a_real_backbone(method) -> None:
     check_gradients(made, 2)
     check_closed(made)
     assert not any(m.training for net in networks(made).values() for m in net.modules())
-    assert all(torch.equal(v, before[k]) for k, v in teacher.net.state_dict().items())
+    frozen = all(torch.equal(v, before[k]) for k, v in teacher.net.state_dict().items())
+    assert frozen or from_scratch(made)
     steps = min(made.grids())
     z = made.z(made.batch(0), Rng(0))
     images = [made.draw(z, made.batch(0).cond, steps, Rng(0), torch.arange(4)) for _ in range(2)]
@@ -242,6 +251,18 @@ def test_a_batch_that_cannot_be_shared_is_refused() -> None:
         make("dmd", mlp_teacher(), world=3)
 
 
+@pytest.mark.parametrize(
+    ("method", "keys"),
+    [("dmd", {"guidance": 2.0}), ("consistency", {"guidance_range": (1.0, 2.0)})],
+)
+def test_guidance_needs_a_label_for_none(method, keys) -> None:
+    teacher = mlp_teacher()
+    teacher.null_label = None
+    with pytest.raises(UserError, match="no label that means 'no class'"):
+        make(method, teacher, **keys)
+    make(method, teacher)
+
+
 # Cost ----------------------------------------------------------------------------------------
 
 
@@ -291,3 +312,43 @@ def test_declared_passes_are_those_counted(method, keys) -> None:
         assert found == pytest.approx(expected, abs=0.35)
         for key, count in expected.items():  # no walk of random length among the trained passes
             assert key[1] == "forward" or found[key] == count
+
+
+def modules_held(made: Trainer) -> int:
+    """Networks reached from a trainer's attributes, whatever they are called."""
+    found, queue = {}, [made]
+    while queue:
+        item = queue.pop()
+        if isinstance(item, Denoiser):
+            found[id(item.net)] = item.net
+        elif isinstance(item, (Trainer, Player)):
+            queue += vars(item).values()
+        elif isinstance(item, dict):
+            queue += item.values()
+        elif isinstance(item, (list, tuple)):
+            queue += item
+    return sum(any(True for _ in net.parameters()) for net in found.values())
+
+
+@every_case
+def test_networks_held_are_those_declared(method, keys) -> None:
+    """At the beginning and, where there are phases, at the end."""
+    made = make(method, mlp_teacher(), **keys)
+    for step in (0, 5):
+        made.prepare(step)
+        assert sum(made.held().values()) == modules_held(made) == len(networks(made))
+
+
+def test_networks_held_by_role() -> None:
+    def held(method: str, **keys: Any) -> dict[str, int]:
+        made = make(method, mlp_teacher(), **keys)
+        made.prepare(5)
+        return made.held()
+
+    both = {"teacher": 1, "student": 1, "average": 1}
+    assert held("reflow") == held("consistency") == both
+    assert held("consistency", target="ema") == both | {"target": 1}
+    assert held("sim") == held("dmd") == both | {"critic": 1}
+    phases = held("phased_dmd", levels=(1.0, 0.6, 0.3, 0.0))
+    assert phases == both | {"critic": 1, "expert": 2}
+    assert held("denoising", network=SMALL_NETWORK) == {"student": 1, "average": 1}

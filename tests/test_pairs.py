@@ -20,8 +20,17 @@ from stepdistill.run.errors import UserError
 from tests.children import CONTEXT, Child, ranks, stepdistill
 
 PLAN = PairPlan(
-    teacher="toy 0", steps=2, guidance=1.0, num=50, seed=3, shape=(1, 4, 4), classes=3, shard=8
+    teacher="toy 0",
+    precision="fp32",
+    steps=2,
+    guidance=1.0,
+    num=50,
+    seed=3,
+    shape=(1, 4, 4),
+    classes=3,
+    shard=8,
 )
+CPU = torch.device("cpu")
 
 
 def draw(z: Tensor, cond: Cond) -> Tensor:
@@ -56,9 +65,9 @@ def test_batches_pair_noise_with_its_image_and_share_a_step(tmp_path) -> None:
     store = PairStore(tmp_path, PLAN)
     seen: list[float] = []
     for step in range(5):
-        z, x, label = store.batch(step, 10, 0, slice(0, 10))
+        z, x, label = store.batch(step, 10, 0, slice(0, 10), CPU)
         assert torch.equal(x, draw(z, Cond(label)))
-        parts = [store.batch(step, 10, 0, slice(k, k + 5)) for k in (0, 5)]
+        parts = [store.batch(step, 10, 0, slice(k, k + 5), CPU) for k in (0, 5)]
         for whole_one, halves in zip((z, x, label), zip(*parts, strict=True), strict=True):
             assert torch.equal(whole_one, torch.cat(halves))
         seen += z[:, 0, 0, 0].tolist()
@@ -96,7 +105,7 @@ def test_shards_that_are_whole_are_not_made_again_and_torn_ones_are(tmp_path) ->
     torn.write_bytes(torn.read_bytes()[:-5])
     shard_path(tmp_path, 4).unlink()
     shard_path(tmp_path, 5).write_bytes(b"")
-    (tmp_path / f".tmp-{shard_path(tmp_path, 6).name}").write_bytes(b"left by a killed worker")
+    (tmp_path / f".{shard_path(tmp_path, 6).name}.ab.part").write_bytes(b"of a killed worker")
     shard_path(tmp_path, 6).unlink()
     with pytest.raises(UserError, match=r"4 of 7 shards are missing or torn, first pairs-000002"):
         PairStore(tmp_path, PLAN)
@@ -107,7 +116,15 @@ def test_shards_that_are_whole_are_not_made_again_and_torn_ones_are(tmp_path) ->
 
 
 @pytest.mark.parametrize(
-    "change", [{"seed": 4}, {"num": 49}, {"steps": 3}, {"teacher": "toy 1"}, {"guidance": 2.0}]
+    "change",
+    [
+        {"seed": 4},
+        {"num": 49},
+        {"steps": 3},
+        {"teacher": "toy 1"},
+        {"guidance": 2.0},
+        {"precision": "bf16"},
+    ],
 )
 def test_another_plan_is_refused(tmp_path, change) -> None:
     make(tmp_path)

@@ -125,7 +125,7 @@ def test_reflow_refuses_other_teachers() -> None:
 
 
 def test_velocity_loss_values() -> None:
-    """l2 is a mean over dimensions; huber is (1 - t) (sqrt(sum + c^2) - c) / d, c = .00054 d."""
+    """l2 is a mean over dimensions; huber is (sqrt(sum + c^2) - c) / d with c = .00054 d."""
     x, z = torch.zeros(2, 3, 2, 2), torch.ones(2, 3, 2, 2)
     t = torch.tensor([0.25, 1.0])
     v = z - x + torch.tensor([0.5, 2.0])[:, None, None, None]
@@ -133,9 +133,10 @@ def test_velocity_loss_values() -> None:
     torch.testing.assert_close(got, torch.tensor([0.25, 4.0]))
     d = 12
     c = 0.00054 * d
-    first = 0.75 * (math.sqrt(0.25 * d + c * c) - c) / d
-    huber = velocity_loss(v, x, z, t, "huber")
-    torch.testing.assert_close(huber, torch.tensor([first, 0.0]))
+    expected = torch.tensor([(math.sqrt(s * d + c * c) - c) / d for s in (0.25, 4.0)])
+    torch.testing.assert_close(velocity_loss(v, x, z, t, "huber"), expected)
+    faded = velocity_loss(v, x, z, t, "faded_huber")
+    torch.testing.assert_close(faded, torch.tensor([0.75, 0.0]) * expected)
     assert not velocity_loss(z - x, x, z, t, "huber").any()
 
 

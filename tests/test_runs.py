@@ -87,6 +87,7 @@ def test_layout_of_a_finished_run(whole, method) -> None:
         files = {path.name for path in (run / name).iterdir()}
         assert files == {"config.json", "diffusion_pytorch_model.safetensors"}
         assert json.loads((run / name / "config.json").read_text())["_class_name"]
+        assert len({path.stat().st_mode for path in (run / name).iterdir()}) == 1
     entries = {"config.yaml", "log.jsonl", "checkpoints", *students}
     entries |= {"pairs"} if method == "reflow" else set()
     assert {path.name for path in run.iterdir()} == entries
@@ -318,6 +319,17 @@ def test_a_run_is_not_written_over(folder, whole) -> None:
         assert "run=bare is finished and holds no complete checkpoint" in done.err
     finally:
         (folder / "bare" / "student").rename(whole["sim"] / "student")
+
+
+def test_what_a_killed_run_left_half_written_goes(folder) -> None:
+    run = train(folder, "reflow", "left", "steps=2")
+    before = {path.name for path in run.rglob("*")}
+    for name in (".student.ab.part", "checkpoints/.step-0000004.cd.part"):
+        (run / name).mkdir()
+        (run / name / "model.safetensors").write_bytes(b"half")
+    train(folder, "reflow", "left", "steps=3", "resume=auto")
+    after = {path.name for path in run.rglob("*")}
+    assert after == before | {"step-0000003"}
 
 
 def test_pairs_made_before_are_used(folder, whole) -> None:

@@ -16,8 +16,8 @@ from stepdistill.diffusion.guidance import guided
 from stepdistill.diffusion.oracles import Oracle
 from stepdistill.diffusion.process import EDM, RF, VP
 from stepdistill.diffusion.sampler import full, move, sample
-from stepdistill.diffusion.timesteps import karras_grid, uniform_grid
-from tests.helpers import close, mlp_teacher, noise, small_mlp
+from stepdistill.diffusion.timesteps import uniform_grid
+from tests.helpers import close, karras_grid, mlp_teacher, noise, small_mlp, start_scale
 
 BATCH = 16
 
@@ -93,7 +93,7 @@ def test_ddim_trailing(steps, head, kind) -> None:
     den = Denoiser(small_mlp(num_classes=0), VP(scheduler.alphas_cumprod), head)
     theirs = walk(
         scheduler,
-        den.process.start_scale * noise(),
+        start_scale(den.process) * noise(),
         lambda x, t: den.net(x, t.float().expand(BATCH)),
     )
     close(sample(den, noise(), uniform_grid(den.process, steps), Cond()), theirs)
@@ -123,7 +123,7 @@ def test_ddim_trailing_with_a_unet(head, kind) -> None:
     scheduler.set_timesteps(8)
     den = Denoiser(net, VP(scheduler.alphas_cumprod), head)
     z = noise(shape=(BATCH, 1, 8, 8))
-    theirs = walk(scheduler, den.process.start_scale * z, lambda x, t: net(x, t).sample)
+    theirs = walk(scheduler, start_scale(den.process) * z, lambda x, t: net(x, t).sample)
     close(sample(den, z, uniform_grid(den.process, 8), Cond()), theirs)
 
 
@@ -144,7 +144,7 @@ def test_lcm(indices) -> None:
     fresh = draws(5, len(indices))
     theirs = walk(
         scheduler,
-        den.process.start_scale * noise(),
+        start_scale(den.process) * noise(),
         lambda x, t: den.net(x, t.float().expand(BATCH)),
     )
     grid = (*((k + 1) / 1000 for k in indices), 0.0)

@@ -12,10 +12,13 @@ from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.diffusion.oracles import Oracle
 from stepdistill.diffusion.process import RF
 from stepdistill.diffusion.sampler import sample
+from stepdistill.pipelines.image import MODEL_NAMES
+from stepdistill.run.assets import load_teacher
 from stepdistill.run.errors import UserError
 from stepdistill.run.player import Player
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Trainer
+from stepdistill.trainers.score.phased_dmd import MOST_PHASES
 from tests.helpers import (
     MEAN,
     STD,
@@ -176,8 +179,12 @@ def test_experts_are_the_teacher_until_their_phase_comes() -> None:
 @pytest.mark.parametrize(
     ("levels", "steps", "message"),
     [
-        ((1.0,), 6, "must fall from 1,"),
-        ((0.9, 0.5, 0.0), 6, "must fall"),
+        ((), 6, "must fall"),
+        ((0.0,), 6, "must bound 1 to 4 phases"),
+        ((1.0,), 6, "must fall"),
+        ((0.9, 0.5, 0.0), 6, "must fall from 1, pure noise, to 0"),
+        ((1.0, math.nan, 0.0), 6, "finite"),
+        ((1.0, 0.8, 0.6, 0.4, 0.2, 0.0), 60, "must bound 1 to 4 phases"),
         ((1.0, 0.5, 0.1), 6, "must fall"),
         ((1.0, 0.5, 0.5, 0.0), 6, "must fall"),
         ((0.0, 0.5, 1.0), 6, "must fall"),
@@ -185,8 +192,74 @@ def test_experts_are_the_teacher_until_their_phase_comes() -> None:
     ],
 )
 def test_phases_that_make_no_sense_are_refused(levels, steps, message) -> None:
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(ValueError, match=message):
         make("phased_dmd", mlp_teacher(), levels=levels, steps=steps)
+
+
+def test_an_export_holds_as_many_networks_as_there_may_be_phases() -> None:
+    assert len(MODEL_NAMES) == MOST_PHASES
+
+
+def test_phases_of_a_noise_predictor_begin_where_one_step_is_well_posed() -> None:
+    teacher = load_teacher("digits-unet")
+    with pytest.raises(UserError, match=r"must fall from 0\.769, where students start=0\.769"):
+        make("phased_dmd", teacher, levels=(1.0, 0.5, 0.0))
+    made = make("phased_dmd", teacher, levels=(0.769, 0.5, 0.0))
+    assert made.grids()[2] == pytest.approx((0.769, 0.5, 0.0))
+    made = make("phased_dmd", teacher, start=1.0)
+    assert made.grids()[2] == (1.0, 0.6, 0.0)
+
+
+@pytest.mark.parametrize("method", ["sim", "dmd", "consistency"])
+def test_no_training_time_is_noisier_than_the_start(method) -> None:
+    uniform = {"pairs": {"kind": "ect", "t": {"kind": "uniform"}}}
+    keys = uniform if method == "consistency" else {}
+    made = make(method, load_teacher("digits-unet"), batch_size=256, **keys)
+    assert made.top == made.grids()[1][0] == 0.769
+    batch, rng = made.batch(0), Rng(0).at(0)
+    if method == "consistency":
+        times, _ = made.times(batch, rng)
+    else:
+        times = made.times(made.config.student_t, 0.0, batch, rng)
+    assert 0.7 < float(times.max()) <= 0.769
+
+
+@pytest.mark.parametrize(
+    ("method", "keys"),
+    [
+        ("sim", {}),
+        ("sim", {"form": "full"}),
+        ("dmd", {}),
+        ("dmd", {"student_steps": 2}),
+        ("phased_dmd", {"levels": (0.769, 0.4, 0.0)}),
+        ("consistency", {}),
+        ("consistency", {"solver": "heun", "guidance": 2.0}),
+        ("consistency", {"solver": "data", "pairs": {"kind": "grid"}}),
+    ],
+)
+def test_a_noise_predictor_is_distilled_with_losses_of_sane_size(method, keys) -> None:
+    made = make(method, load_teacher("digits-unet"), **keys)
+    assert image_size(made) < 1.0
+    for step in range(2):
+        made.prepare(step)
+        logs = made.step(step, batch_of(made, step))
+        assert all(value.isfinite() for value in logs.values())
+        assert all(abs(float(v)) < 300 for k, v in logs.items() if not k.endswith("grad_norm"))
+    assert image_size(made) < 3.0
+
+
+def image_size(made: Trainer) -> float:
+    """Root mean square of the student's images in its fewest steps."""
+    batch = made.batch(0)
+    z, steps = made.z(batch, Rng(0)), min(made.grids())
+    return float(made.draw(z, batch.cond, steps, Rng(0), batch.index).square().mean().sqrt())
+
+
+def test_one_step_of_a_noise_predictor_from_pure_noise_is_ill_posed() -> None:
+    """Why its students start later: the same network's image is several times too large."""
+    teacher = load_teacher("digits-unet")
+    assert image_size(make("sim", teacher)) < 1.0
+    assert image_size(make("sim", teacher, start=1.0)) > 3.0
 
 
 def test_a_new_phase_starts_from_the_teacher() -> None:

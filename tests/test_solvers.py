@@ -12,8 +12,8 @@ from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.oracles import Oracle
 from stepdistill.diffusion.process import EDM, RF, VP, Process, Trig
 from stepdistill.diffusion.sampler import full, heun_step, move, sample
-from stepdistill.diffusion.timesteps import karras_grid, uniform_grid
-from tests.helpers import close, noise, processes, scaled_linear
+from stepdistill.diffusion.timesteps import uniform_grid
+from tests.helpers import close, karras_grid, noise, processes, scaled_linear
 
 BATCH = 16
 

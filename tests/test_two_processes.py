@@ -84,6 +84,13 @@ def test_two_processes_have_the_curve_of_one(folder, pair, method) -> None:
         assert made[0] == made[1]
 
 
+def test_no_step_is_taken_on_rounding(pair) -> None:
+    """At first the two scores are one and SIM's gradient is zero; Adam must not blow up its error,
+    which is another for another number of processes."""
+    assert losses(pair["sim"])[0]["student/grad_norm"] == 0.0
+    assert losses(pair["sim"])[1]["student/grad_norm"] > 0.1
+
+
 def test_the_halves_are_not_the_same_half(folder, pair) -> None:
     """The comparison sees it when both processes train on the first half of the batch."""
     halves = command("consistency", "half", "batch_size=32")
@@ -185,10 +192,11 @@ def test_the_launchers_word_on_the_cpu_is_read_as_it_means_it(monkeypatch, value
     class Recorder:
         process_index, num_processes, device = 0, 1, None
 
-        def __init__(self, *, cpu: bool, mixed_precision: str) -> None:
+        def __init__(self, *, cpu: bool, **_: object) -> None:
             asked.append(cpu)
 
     monkeypatch.setattr(module, "Accelerator", Recorder)
+    monkeypatch.setattr(module.torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("ACCELERATE_USE_CPU", value)
     module.Processes()
     monkeypatch.delenv("ACCELERATE_USE_CPU")

@@ -7,9 +7,11 @@ A method is one file that ends in ``TRAINER = ...``. It declares its config, mak
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -19,7 +21,7 @@ from stepdistill.data.batch import Batch
 from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser, Experts
 from stepdistill.diffusion.sampler import NoiseSource, sample
-from stepdistill.diffusion.timesteps import Grid, uniform_grid
+from stepdistill.diffusion.timesteps import Grid, regular_start, uniform_grid
 from stepdistill.run.errors import UserError
 from stepdistill.run.player import OptimConfig, Player
 from stepdistill.run.rng import Rng
@@ -77,7 +79,7 @@ class Trainer(ABC):
         autocast: the precision of the networks' passes.
 
     Raises:
-        UserError: the batch cannot be shared equally.
+        UserError: the batch cannot be shared equally, or the teacher cannot be guided as asked.
     """
 
     Config: ClassVar[type[TrainConfig]] = TrainConfig
@@ -99,6 +101,11 @@ class Trainer(ABC):
             raise UserError(
                 f"batch_size={config.batch_size} does not divide among {world} processes; "
                 f"make it a multiple of {world}"
+            )
+        if config.guided and teacher.null_label is None:
+            raise UserError(
+                "guidance: the teacher has no label that means 'no class' to guide away from; "
+                "set guidance=1 and no guidance_range"
             )
         self.config, self.teacher = config, teacher
         self.process, self.device = teacher.process, teacher.device
@@ -124,19 +131,46 @@ class Trainer(ABC):
 
     def grids(self) -> dict[int, Grid]:
         """Times that the student samples on, by number of steps; baked into its export."""
-        return {n: uniform_grid(self.process, n, self.config.start) for n in self.sizes}
+        return {n: uniform_grid(self.process, n, self.start) for n in self.sizes}
+
+    def held(self) -> dict[str, int]:
+        """Networks held at present, by role; "average" counts those of trained weights."""
+        players = self.players.values()
+        roles = [] if any(p.denoiser is self.teacher for p in players) else ["teacher"]
+        roles += ["student" if p.name.startswith("student") else p.name for p in players]
+        roles += ["average" for p in players if p.ema is not None]
+        return dict(Counter(roles))
 
     def prepare(self, step: int) -> None:
         """Make the players that exist at ``step``; called before one is resumed."""
 
     # What it gets -----------------------------------------------------------------------------
 
+    @cached_property
+    def start(self) -> float:
+        """Where the student's grid begins, as progress; see ``config.start``."""
+        own = self.config.start
+        return regular_start(self.process, self.teacher.head.name) if own is None else own
+
+    @cached_property
+    def top(self) -> float:
+        """The noisiest time of the student's grid; nothing is trained at a noisier one."""
+        return uniform_grid(self.process, 1, self.start)[0]
+
     def add_player(
-        self, name: str, source: Denoiser, optim: OptimConfig, *, ema: bool, total: int
+        self,
+        name: str,
+        source: Denoiser,
+        optim: OptimConfig,
+        *,
+        ema: bool,
+        total: int,
+        copy: bool = True,
     ) -> Player:
-        """Add a trained copy of ``source``."""
+        """Add a trained copy of ``source``, or train itself."""
         decay = self.config.ema.decay if ema else None
-        player = Player(name, source.clone(), optim, total=total, ema_decay=decay)
+        net = source.clone() if copy else source
+        player = Player(name, net, optim, total=total, ema_decay=decay)
         self.players[name] = player
         if self.wrap:
             self.wrap(player)

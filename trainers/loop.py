@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -164,11 +165,15 @@ class Loop:
     def finish(self) -> None:
         """Save the averaged student as diffusers module folders: RUN/student, RUN/student_2."""
         if self.main:
+            for left in self.run.glob(".student*"):  # by a run that was killed right here
+                shutil.rmtree(left)
             for name, player in self.trainer.players.items():
                 if name.startswith("student"):
                     with whole_folder(self.run / name) as temp:
                         net: Any = player.best.net
                         net.save_pretrained(temp, safe_serialization=True)
+                        for weights in temp.glob("*.safetensors"):  # as readable as the rest
+                            weights.chmod((temp / "config.json").stat().st_mode)
         self.ranks.wait()
 
     def fit(self) -> None:

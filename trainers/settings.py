@@ -14,7 +14,7 @@ from stepdistill.run.player import OptimConfig
 class Section(BaseModel):
     """A part of a config that refuses keys it does not know."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class EmaConfig(Section):
@@ -43,7 +43,9 @@ class EvalConfig(Section):
 
     every_steps: int = Field(0, ge=0, description="steps between evaluations; 0 turns them off")
     num: int = Field(1000, ge=2, description="samples of one evaluation")
-    steps: int | None = Field(None, description="sampler steps; the fewest the student has if null")
+    steps: int | None = Field(
+        None, ge=1, description="sampler steps; the fewest the student has if null"
+    )
     features: str = Field("digits", description="feature space: digits, pixels or inception")
 
 
@@ -64,12 +66,12 @@ class TrainConfig(Section):
     batch_size: int = Field(128, ge=1, description="samples of one step over all processes")
     teacher: str = Field(description="a pipeline folder, a hub name, digits-dit or digits-unet")
     guidance: float = Field(1.0, ge=0, description="guidance scale of the teacher; 1: off")
-    start: float = Field(
-        1.0,
+    start: float | None = Field(
+        None,
         gt=0,
         le=1,
-        description="where the student's grid begins, as progress towards pure noise; below 1 for "
-        "noise predictors, whose clean estimate is singular there",
+        description="where the student's grid begins, as progress towards pure noise, 1; null: 1, "
+        "but where alpha is 0.05 for noise predictors, whose clean estimate is singular at 1",
     )
     data: DataConfig = Field(default_factory=DataConfig, description="images")
     optim: OptimConfig = Field(default_factory=OptimConfig, description="the student's optimizer")
@@ -82,6 +84,11 @@ class TrainConfig(Section):
     )
     resume: str = Field("never", description="never, auto, or the path of a checkpoint")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of the networks' passes")
-    compile: bool = Field(False, description="run networks through torch.compile")
+    compile: bool = Field(False, description="run networks in training through torch.compile")
     xformers: bool = Field(False, description="xformers attention (CUDA only)")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="where to train")
+
+    @property
+    def guided(self) -> bool:
+        """Whether the teacher is asked with guidance, which doubles its batch."""
+        return self.guidance != 1

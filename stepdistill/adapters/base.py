@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 
 class Adapter(ABC):
-    """The signature of one family of networks."""
+    """The signature of one family of networks.
+
+    ``label_key`` names the entry of a network's config that counts its class labels.
+    """
+
+    label_key: ClassVar[str | None] = None
 
     @abstractmethod
     def __call__(
@@ -21,6 +26,15 @@ class Adapter(ABC):
     @abstractmethod
     def sample_shape(self, net: nn.Module) -> tuple[int, ...]:
         """Shape of one sample without the batch."""
+
+    def label_rows(self, net: nn.Module) -> int:
+        """Labels that the network knows, without what :meth:`null_label` fixes; 0 if it takes none.
+
+        Raises:
+            ValueError: conditions of another kind than a table of class labels.
+        """
+        config: Any = net.config
+        return int(config.get(self.label_key) or 0) if self.label_key else 0
 
     def null_label(self, net: nn.Module) -> int | None:
         """The label that means "no class", where the architecture itself fixes one."""

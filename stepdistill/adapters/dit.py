@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from stepdistill.adapters.base import Adapter
@@ -14,12 +13,18 @@ from stepdistill.adapters.base import Adapter
 class DiTAdapter(Adapter):
     """``net(hidden_states, timestep, class_labels)``; the label is mandatory."""
 
+    label_key = "num_embeds_ada_norm"
+
     def __call__(
         self, call: Callable[..., Any], x: Tensor, time: Tensor, label: Tensor | None
     ) -> Tensor:
-        """See :meth:`Adapter.__call__`; without labels every sample is of class 0."""
+        """See :meth:`Adapter.__call__`.
+
+        Raises:
+            ValueError: no labels.
+        """
         if label is None:
-            label = torch.zeros(len(x), dtype=torch.long, device=x.device)
+            raise ValueError("DiTTransformer2DModel: every sample needs a class label")
         out: Tensor = call(x, timestep=time, class_labels=label, return_dict=False)[0]
         return out
 

@@ -65,6 +65,8 @@ class VectorMLP(ModelMixin, ConfigMixin):
 class MLPAdapter(Adapter):
     """``net(sample, timestep, class_labels)`` for vectors [B, D]."""
 
+    label_key = "num_classes"
+
     def __call__(
         self, call: Callable[..., Any], x: Tensor, time: Tensor, label: Tensor | None
     ) -> Tensor:

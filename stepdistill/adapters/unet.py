@@ -13,6 +13,8 @@ from stepdistill.adapters.base import Adapter
 class UNetAdapter(Adapter):
     """``net(sample, timestep, class_labels)``."""
 
+    label_key = "num_class_embeds"
+
     def __call__(
         self, call: Callable[..., Any], x: Tensor, time: Tensor, label: Tensor | None
     ) -> Tensor:
@@ -26,3 +28,12 @@ class UNetAdapter(Adapter):
         size = config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         return (config.in_channels, height, width)
+
+    def label_rows(self, net: nn.Module) -> int:
+        """See :meth:`Adapter.label_rows`."""
+        config: Any = net.config
+        if config.class_embed_type is not None:
+            raise ValueError(
+                f"UNet2DModel: class_embed_type={config.class_embed_type} is no table of labels"
+            )
+        return super().label_rows(net)

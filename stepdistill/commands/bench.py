@@ -16,19 +16,23 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from stepdistill.commands.job import job
 from stepdistill.commands.read import read_config
 from stepdistill.commands.train import Source
 from stepdistill.commands.watch import Watch
 from stepdistill.data.batch import Batch
+from stepdistill.data.images import open_data
+from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.run.assets import load_teacher
 from stepdistill.run.errors import UserError
 from stepdistill.run.health import Health
 from stepdistill.run.log import Log, Meter, peak_memory_bytes
-from stepdistill.run.memory import keep_freed_memory
 from stepdistill.run.player import Player
 from stepdistill.run.ranks import Processes
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Pass, Trainer
+from stepdistill.trainers.flow.denoising import DenoisingConfig, fresh_network
+from stepdistill.trainers.settings import TrainConfig
 
 WARMUP = 3
 
@@ -44,16 +48,20 @@ def run(
     if what != "step":
         raise UserError(f"bench {what}: known is step")
     torch.set_num_threads(threads)
-    keep_freed_memory()
     cls, settings = read_config(config, overrides)
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, job(settings, network_of(settings)) as (processes, net):
         settings.run = settings.run if settings.run.exists() else Path(folder)
-        processes = Processes(settings.precision, settings.device, settings.compile)
-        teacher = load_teacher(settings.teacher, processes.device)
-        trainer = cls(settings, teacher, wrap=processes.wrap, autocast=processes.autocast)
+        trainer = cls(settings, net, wrap=processes.wrap, autocast=processes.autocast)
         medians, spread = measure(trainer, processes, rounds)
     show(trainer, medians, spread, threads)
     return medians
+
+
+def network_of(settings: TrainConfig) -> Denoiser:
+    """What a config's trainer begins with: the teacher, or a fresh network to train."""
+    if isinstance(settings, DenoisingConfig):
+        return fresh_network(settings, open_data(settings.data).classes)
+    return load_teacher(settings.teacher)
 
 
 def measure(
@@ -195,15 +203,30 @@ def show(
         if name == "ratio":
             continue
         if name.startswith("pass "):
-            item = passes[int(name.split()[1])]
-            twice = " of 2B" if item.batch == 2 else ""
-            name = f"{item.role} {item.kind} x {item.count:g}{twice}"
+            name = pass_line(passes[int(name.split()[1])])
         table.add_row(name, f"{1e3 * seconds:.2f}")
     console = Console()
     console.print(table)
-    networks = 1 + sum(2 if p.ema else 1 for p in trainer.players.values())
     console.print(
         f"step / (passes + optimizers) = {medians['ratio']:.3f} "
-        f"(middle half {spread[0]:.3f} to {spread[1]:.3f}); networks held {networks} "
-        f"(averages counted); peak memory {peak_memory_bytes() / 2**20:.0f} MiB; threads {threads}"
+        f"(middle half {spread[0]:.3f} to {spread[1]:.3f}); networks held: "
+        f"{held_line(trainer)}; peak memory {peak_memory_bytes() / 2**20:.0f} MiB; "
+        f"threads {threads}"
     )
+
+
+def held_line(trainer: Trainer) -> str:
+    """The networks that a trainer holds, in words."""
+    roles = (role if n == 1 else f"{n} {role}s" for role, n in trainer.held().items())
+    return f"{sum(trainer.held().values())} ({', '.join(roles)})"
+
+
+def passes_line(trainer: Trainer) -> str:
+    """The network passes of a step, in words."""
+    return ", ".join(pass_line(item) for item in trainer.passes())
+
+
+def pass_line(item: Pass) -> str:
+    """One network pass, in words."""
+    kind = "to input" if item.kind == "input" else item.kind
+    return f"{item.role} {kind} x {item.count:g}{' of 2B' if item.batch == 2 else ''}"

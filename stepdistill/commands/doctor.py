@@ -9,10 +9,15 @@ from importlib.util import find_spec
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from stepdistill.commands.bench import held_line, network_of, passes_line
+from stepdistill.commands.read import read_config
 from stepdistill.run.assets import TEACHERS, load_teacher
+from stepdistill.run.config import CONFIGS
 from stepdistill.run.errors import UserError
+from stepdistill.trainers.base import Trainer
 
 PACKAGES = (
     "torch",
@@ -36,21 +41,44 @@ def doctor() -> int:
     table.add_row("machine", f"{platform.machine()}, {os.cpu_count()} CPU cores")
     table.add_row("device", device_line())
     for package in PACKAGES:
-        table.add_row(package, package_line(package))
+        table.add_row(package, escape(package_line(package)))
     for name in TEACHERS:
         try:
             den = load_teacher(name)
             count = sum(p.numel() for p in den.net.parameters())
             line = f"{count:,} parameters, {den.process.name}/{den.head.name}"
         except UserError as error:
-            faults, line = faults + 1, f"[red]{error}[/red]"
+            faults, line = faults + 1, f"[red]{escape(str(error))}[/red]"
         table.add_row(f"teacher {name}", line)
-    table.add_row("xformers attention", xformers_line())
+    table.add_row("xformers attention", escape(xformers_line()))
     table.add_row(
         "hub", "offline" if os.environ.get("HF_HUB_OFFLINE") == "1" else "asked on demand"
     )
     console.print(table)
+    if not faults:
+        console.print(methods_table())
     return 1 if faults else 0
+
+
+def methods_table() -> Table:
+    """Networks held and passes a step of every method that has an installed config."""
+    table = Table(title="methods, by their digits configs, at the last step", title_justify="left")
+    for name in ("method", "networks held", "network passes a step"):
+        table.add_column(name)
+    for method, trainer in digits_trainers().items():
+        table.add_row(method, held_line(trainer), passes_line(trainer))
+    return table
+
+
+def digits_trainers() -> dict[str, Trainer]:
+    """A trainer at its last step of each method, by the first installed config that names it."""
+    found: dict[str, Trainer] = {}
+    for path in sorted(CONFIGS.glob("*-digits*.yaml")):
+        cls, settings = read_config(str(path))
+        if settings.method not in found:
+            trainer = found[settings.method] = cls(settings, network_of(settings))
+            trainer.prepare(settings.steps - 1)
+    return found
 
 
 def device_line() -> str:

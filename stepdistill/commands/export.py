@@ -57,10 +57,7 @@ def export(
     refuse_taken(out, overwrite)
     trainer = finished(run)
     den, grids = trainer.best(), trainer.grids()
-    default = steps if steps is not None else default_steps(trainer)
-    if default not in grids:
-        known = ", ".join(map(str, sorted(grids)))
-        raise UserError(f"steps={default}: this student samples in {known} steps")
+    default = default_steps(trainer, steps)
     difference = float("inf")
 
     def proven(folder: Path) -> None:
@@ -142,10 +139,18 @@ def finished(run: Path) -> Trainer:
     return trainer
 
 
-def default_steps(trainer: Trainer) -> int:
-    """Four steps where the student has them, else the most that it has."""
+def default_steps(trainer: Trainer, asked: int | None) -> int:
+    """Those asked for, else four where the student has them, else the most that it has.
+
+    Raises:
+        UserError: the student has no grid of so many steps.
+    """
     sizes = sorted(trainer.grids())
-    return 4 if 4 in sizes else sizes[-1]
+    default = (4 if 4 in sizes else sizes[-1]) if asked is None else asked
+    if default not in sizes:
+        known = ", ".join(map(str, sizes))
+        raise UserError(f"steps={default}: this student samples in {known} steps")
+    return default
 
 
 def members(den: Denoiser | Experts) -> list[Denoiser]:

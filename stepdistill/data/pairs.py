@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from stepdistill.data.order import batch_positions
 from stepdistill.diffusion.cond import Cond
 from stepdistill.run.errors import UserError
-from stepdistill.run.files import flush, write_text
+from stepdistill.run.files import flush, write_bytes, write_text
 from stepdistill.run.rng import Rng
 
 MANIFEST = "manifest.json"
@@ -162,10 +162,9 @@ def _write(root: Path, plan: PairPlan, shard: int, x: Tensor) -> None:
     facts = {"plan": plan.digest(), "noise": checksum(plan.noise(index[:1]))}
     meta = {"shard": json.dumps(facts)}  # one entry, since safetensors writes several in any order
     path = shard_path(root, shard)
-    temp = path.with_name(f".tmp-{path.name}")
-    save_file({"x": x.contiguous(), "label": plan.labels(index)}, temp, metadata=meta)
-    flush(temp)
-    temp.replace(path)
+    for left in root.glob(f".{path.name}.*"):  # by a worker that was killed while it wrote
+        left.unlink()
+    write_bytes(path, save({"x": x.contiguous(), "label": plan.labels(index)}, metadata=meta))
     flush(root)
 
 

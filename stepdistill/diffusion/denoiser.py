@@ -103,17 +103,30 @@ class Denoiser(nn.Module):
         return super().train(False)
 
     def route(self, call: Callable[..., Any] | None) -> None:
-        """Send network calls through ``call`` (a data-parallel or compiled wrapper), or back."""
-        self._call = call
+        """Send network calls through ``call`` (a data-parallel or compiled wrapper), or back.
+
+        The wrapper, a module itself, stays out of this module's tree.
+        """
+        object.__setattr__(self, "_call", call)
 
     def forward(
         self, x_t: Tensor, t: Tensor, cond: Cond, *, taps: Sequence[str] = ()
     ) -> Prediction:
-        """Estimate the clean and noise parts of ``x_t`` [B, C, *S] at times ``t`` [B]."""
+        """Estimate the clean and noise parts of ``x_t`` [B, C, *S] at times ``t`` [B].
+
+        With ``taps``, names of modules whose outputs are kept, the network is called itself and
+        not by its wrapper: compiled networks pass hooks over. Gradients of such a call to the
+        weights are not averaged over processes.
+        """
         x_t = x_t.float()
         c = self.process.coefs(t).expand(x_t)
-        with record(self.net, taps) as features:
-            h = self.raw(x_t, t, cond)
+        call = self._call
+        self.route(None if taps else call)
+        try:
+            with record(self.net, taps) as features:
+                h = self.raw(x_t, t, cond)
+        finally:
+            self.route(call)
         return self.prediction(h, x_t, c, features)
 
     def raw(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
@@ -161,34 +174,81 @@ class Denoiser(nn.Module):
             source: a pipeline folder, or a name on the hub.
 
         Raises:
-            ValueError: a folder without a pipeline, or one whose scheduler is not understood.
+            ValueError: a folder without a pipeline, or one that is not understood.
         """
         import diffusers
 
         folder = Path(source)
         if not folder.is_dir():
             folder = Path(diffusers.DiffusionPipeline.download(str(source)))
-        index_file = folder / "model_index.json"
-        if not index_file.is_file():
-            raise ValueError(f"{folder}: no model_index.json, so this is no diffusers pipeline")
-        index = json.loads(index_file.read_text())
-        key = next((k for k in NETWORK_KEYS if index.get(k)), None)
-        if key is None:
-            raise ValueError(f"{index_file}: names none of the networks {', '.join(NETWORK_KEYS)}")
+        index, key = read_index(folder / "model_index.json")
+        process, head = read_scheduler(folder / "scheduler", index["scheduler"][1])
         class_name = index[key][1]
         if not hasattr(diffusers, class_name):
-            raise ValueError(f"{index_file}: diffusers has no network class {class_name}")
+            raise ValueError(f"{folder}: diffusers has no network class {class_name}")
         net = getattr(diffusers, class_name).from_pretrained(
             folder, subfolder=key, torch_dtype=dtype, use_safetensors=True
         )
-        process, head = read_scheduler(folder / "scheduler", index["scheduler"][1])
+        adapter = adapter_for(net)
+        rows = adapter.label_rows(net)
+        null = index.get("null_label", adapter.null_label(net)) if rows else None
         return cls(
             net.to(device),
             process,
             head,
-            classes=index.get("classes") or (),
-            null_label=index.get("null_label", adapter_for(net).null_label(net)),
+            adapter=adapter,
+            classes=read_classes(index, rows, null),
+            null_label=null,
         )
+
+
+def read_index(file: Path) -> tuple[dict[str, Any], str]:
+    """A pipeline's model_index.json, and the key of its network.
+
+    Raises:
+        ValueError: no such file, or a pipeline of a kind that is not known here.
+    """
+    if not file.is_file():
+        raise ValueError(f"{file.parent}: no model_index.json, so this is no diffusers pipeline")
+    index = json.loads(file.read_text(encoding="utf-8"))
+    held = {k for k, v in index.items() if isinstance(v, list) and len(v) == 2 and v[1]}
+    vae = next((k for k in ("vae", "vqvae") if k in held), None)
+    if vae is not None:
+        raise ValueError(f"{file}: a latent model ({vae}); only models of pixels are known so far")
+    key = next((k for k in NETWORK_KEYS if k in held), None)
+    if key is None:
+        raise ValueError(f"{file}: names none of the networks {', '.join(NETWORK_KEYS)}")
+    if "scheduler" not in held:
+        raise ValueError(f"{file}: names no scheduler, which tells how the network was trained")
+    return index, key
+
+
+def read_classes(index: dict[str, Any], rows: int, null: int | None) -> tuple[str, ...]:
+    """Names of the classes by label: those of the index, else numbers.
+
+    Args:
+        index: a pipeline's model_index.json; ``classes`` (a list, or name -> label) or diffusers'
+            ``id2label`` hold names.
+        rows: labels that the network knows; 0 if it takes none.
+        null: the label that means "no class".
+
+    Raises:
+        ValueError: names for other labels than 0, 1, ..., or for more than the network knows.
+    """
+    count = rows - (null is not None and null == rows - 1)
+    given = index.get("classes") or index.get("id2label")
+    if rows == 0 or not given:
+        return tuple(map(str, range(count)))
+    if not isinstance(given, dict):
+        names = dict(enumerate(given))
+    elif index.get("classes"):
+        names = {int(label): name for name, label in given.items()}
+    else:
+        names = {int(label): name for label, name in given.items()}
+    if sorted(names) != list(range(len(names))) or len(names) > count:
+        raise ValueError(f"model_index.json: {len(names)} class names for {count} labels")
+    texts = [str(names[label]) for label in range(len(names))]
+    return tuple(f"{t} ({k})" if texts.count(t) > 1 else t for k, t in enumerate(texts))
 
 
 def read_scheduler(folder: Path, class_name: str) -> tuple[Process, str]:

@@ -64,11 +64,6 @@ class Process(ABC):
         c = self.coefs(t).expand(x)
         return c.alpha * x + c.sigma * z
 
-    def velocity(self, x: Tensor, z: Tensor, t: Tensor) -> Tensor:
-        """dx_t/dt of the path through (x, z): alpha' x + sigma' z."""
-        c = self.coefs(t).expand(x)
-        return c.d_alpha * x + c.d_sigma * z
-
     def warp(self, u: Tensor) -> Tensor:
         """Map uniform progress u in [0, 1] (1 = noise) to a time; linear unless overridden."""
         return u * self.t_max
@@ -80,11 +75,6 @@ class Process(ABC):
     def scale_input(self, x_t: Tensor, t: Tensor) -> Tensor:
         """The state as networks of this process are fed it."""
         return x_t
-
-    @property
-    def start_scale(self) -> float:
-        """Standard deviation of the state that sampling starts from (sigma at t_max)."""
-        return float(self.coefs(torch.tensor([self.t_max], dtype=torch.float64)).sigma)
 
 
 class RF(Process):

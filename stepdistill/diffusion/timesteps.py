@@ -10,7 +10,8 @@ import math
 from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 from torch import Tensor
 
 from stepdistill.diffusion.process import Process
@@ -19,14 +20,18 @@ Grid = tuple[float, ...]
 """Decreasing times of one process; the last is 0, the clean end."""
 
 
+def time_of_noise(log_n: Tensor, process: Process) -> Tensor:
+    """The time of ``process`` at the log noise-to-signal ratio, kept in the trained range."""
+    return process.time_at(-2 * log_n).clamp(process.t_min, process.t_max)
+
+
 def flow_to_process(s: Tensor, process: Process) -> Tensor:
     """The time of ``process`` that has the log-SNR of rectified flow at time s in (0, 1)."""
-    t = process.time_at(-2 * torch.logit(s))
-    return t.clamp(process.t_min, process.t_max)
+    return time_of_noise(torch.logit(s), process)
 
 
 class _Density(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Uniform(_Density):
@@ -35,6 +40,13 @@ class Uniform(_Density):
     kind: Literal["uniform"] = "uniform"
     low: float = Field(0.0, ge=0, le=1)
     high: float = Field(1.0, ge=0, le=1)
+
+    @field_validator("high")
+    @classmethod
+    def _ordered(cls, high: float, info: ValidationInfo) -> float:
+        if high < info.data.get("low", 0.0):
+            raise PydanticCustomError("order", f"must not be below low={info.data['low']}")
+        return high
 
     def sample(self, u: Tensor, process: Process) -> Tensor:
         """Times [B] from uniforms u [B] in (0, 1)."""
@@ -50,8 +62,7 @@ class LogitNormal(_Density):
 
     def sample(self, u: Tensor, process: Process) -> Tensor:
         """Times [B] from uniforms u [B] in (0, 1)."""
-        log_n = self.mean + self.std * torch.special.ndtri(u)
-        return process.time_at(-2 * log_n).clamp(process.t_min, process.t_max)
+        return time_of_noise(self.mean + self.std * torch.special.ndtri(u), process)
 
 
 class UShaped(_Density):
@@ -61,7 +72,7 @@ class UShaped(_Density):
     """
 
     kind: Literal["u_shaped"] = "u_shaped"
-    a: float = Field(4.0, gt=0)
+    a: float = Field(4.0, gt=0, le=100)
     eps: float = Field(1e-5, ge=0, lt=0.5)
 
     def sample(self, u: Tensor, process: Process) -> Tensor:
@@ -81,7 +92,13 @@ def uniform_grid(process: Process, steps: int, start: float = 1.0) -> Grid:
     return tuple(process.warp(u).tolist())
 
 
-def karras_grid(steps: int, low: float = 0.002, high: float = 80.0, rho: float = 7.0) -> Grid:
-    """``steps`` noise levels of EDM from ``high`` to ``low``, evenly spaced in t^(1/rho)."""
-    ends = high ** (1 / rho), low ** (1 / rho)
-    return tuple((torch.linspace(*ends, steps, dtype=torch.float64) ** rho).tolist())
+def regular_start(process: Process, head: str) -> float:
+    """Progress from which one step is well posed: 1, unless the head divides by a vanishing alpha.
+
+    An eps head's clean estimate does; its is the largest progress, to a thousandth, at which alpha
+    is 0.05 or more (0.769 on DDPM's linear schedule).
+    """
+    if head != "eps":
+        return 1.0
+    u = torch.arange(1001, dtype=torch.float64) / 1000
+    return float(u[process.coefs(process.warp(u)).alpha >= 0.05].max())

@@ -18,11 +18,6 @@ def ect_partner(t: Tensor, stage: int, q: float = 2.0) -> Tensor:
     return t * (1 - q ** -(stage + 1))
 
 
-def grid_partner(t: Tensor, skip: float) -> Tensor:
-    """The time one solver step of width ``skip`` further, never below 0."""
-    return (t - skip).clamp_min(0)
-
-
 def pair_weight(t: Tensor, r: Tensor, kind: Weight) -> Tensor:
     """1, or 1 / (t - r) as ECT and iCT weigh their pairs."""
     return torch.ones_like(t) if kind == "one" else 1 / (t - r).clamp_min(1e-4)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.diffusion.process import Coefs, expand
-from stepdistill.losses.regression import sum_square
+from stepdistill.losses.regression import huber_constant, sum_square
 
 Space = Literal["x0", "score"]
 Form = Literal["score", "full"]
@@ -21,7 +21,7 @@ def sim_loss(
     coefs: Coefs,
     *,
     distance: Literal["pseudo_huber", "l2"] = "pseudo_huber",
-    c: float = 0.0043,
+    c: float | None = None,
     space: Space = "x0",
     form: Form = "score",
     detach_norm: bool = False,
@@ -38,7 +38,8 @@ def sim_loss(
         real: the teacher's clean estimate at x_t, part of the graph through x_t.
         coefs: coefficients at t, expanded.
         distance: d(y) = sqrt(||y||^2 + c^2) - c, or ||y||^2.
-        c: the pseudo-Huber constant; the norm is a sum over the sample's dimensions.
+        c: the pseudo-Huber constant, iCT's if left out; the norm is a sum over the sample's
+            dimensions.
         space: where the gap is measured.
         form: as above.
         detach_norm: hold the factor 1 / sqrt(||y||^2 + c^2) constant (SiD's normaliser).
@@ -51,6 +52,7 @@ def sim_loss(
     if distance == "l2":
         slope, height = 2 * gap, sum_square(gap)
     else:
+        c = huber_constant(gap.shape) if c is None else c
         root = torch.sqrt(sum_square(gap) + c * c)
         height = root - c
         slope = gap / expand(root.detach() if detach_norm else root, gap)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
-from stepdistill.losses.regression import mean_square
+from stepdistill.losses.regression import mean_square, pseudo_huber
 
 ReflowMetric = Literal["l2", "huber", "faded_huber"]
 
@@ -27,6 +26,5 @@ def velocity_loss(
     if metric == "l2":
         return mean_square(delta)
     d = delta[0].numel()
-    c = 0.00054 * d
-    huber = (torch.sqrt(delta.flatten(1).square().sum(dim=1) + c * c) - c) / d
+    huber = pseudo_huber(delta, 0.00054 * d) / d
     return (1 - t) * huber if metric == "faded_huber" else huber

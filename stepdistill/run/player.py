@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -14,14 +14,16 @@ from torch import Tensor
 
 from stepdistill.diffusion.denoiser import Denoiser
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
 
 class OptimConfig(BaseModel):
     """AdamW (fused) with warm-up, decay and clipping of the gradient's norm."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     lr: float = Field(2e-4, gt=0, description="peak learning rate")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's betas")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="AdamW's betas")
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay")
     warmup_steps: int = Field(0, ge=0, description="updates over which lr rises from 0")
@@ -74,9 +76,11 @@ class Player:
         self.wrapper: Callable[..., Any] | None = None
         self.ema_decay = ema_decay
         self.ema: Denoiser | None = None
+        self.averages: list[Tensor] = []
         if ema_decay is not None:
             self.ema = denoiser.clone()
             self.ema.net.requires_grad_(False)
+            self.averages = list(self.ema.net.parameters())
         self.reset_optimizer()
         denoiser.net.requires_grad_(False)
 
@@ -122,7 +126,7 @@ class Player:
         optimizer.zero_grad(set_to_none=True)
         self.updates += 1
         if self.ema is not None:
-            torch._foreach_lerp_(list(self.ema.net.parameters()), self.params, self.ema_weight())
+            torch._foreach_lerp_(self.averages, self.params, self.ema_weight())
 
     def ema_weight(self) -> float:
         """Share of the newest weights in the average; early on it counts this player's updates."""
@@ -171,5 +175,5 @@ class Player:
         """End training: keep the averaged weights alone."""
         if self.ema is not None:
             self.denoiser.net.load_state_dict(self.ema.net.state_dict())
-        self.ema, self.ema_decay, self.wrapper = None, None, None
+        self.ema, self.ema_decay, self.wrapper, self.averages = None, None, None, []
         self.reset_optimizer()

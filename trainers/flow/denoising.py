@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
+from stepdistill.adapters import ADAPTERS, adapter_for
 from stepdistill.data.batch import Batch
 from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser
@@ -18,6 +19,9 @@ from stepdistill.run.errors import UserError
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Loss, Pass, Trainer, Turn
 from stepdistill.trainers.settings import Section, TrainConfig
+
+REFUSALS = (TypeError, ValueError, AttributeError, ArithmeticError, LookupError, RuntimeError)
+"""What constructors of networks raise for arguments that make no sense."""
 
 
 class NetworkConfig(Section):
@@ -36,6 +40,9 @@ class DenoisingConfig(TrainConfig):
     head: Literal["velocity", "eps", "v", "x0"] = Field(
         "velocity", description="what it predicts; velocity is rectified flow, the rest are VP"
     )
+    start: float | None = Field(
+        1.0, gt=0, le=1, description="where its grid begins, as progress towards pure noise"
+    )
     t: Density = Field(default_factory=LogitNormal, description="density of training times")
     label_dropout: float = Field(0.1, ge=0, le=1, description="share of labels replaced by none")
 
@@ -49,9 +56,18 @@ class DenoisingTrainer(Trainer):
     sizes = (1, 2, 4, 8, 16, 32)
 
     def setup(self) -> None:
-        """The "teacher" handed over is the fresh network itself."""
-        total = self.config.steps
-        self.add_player("student", self.teacher, self.config.optim, ema=True, total=total)
+        """The "teacher" handed over is the fresh network itself, and is trained in place.
+
+        Raises:
+            UserError: guidance, which is the business of distillation.
+        """
+        c = self.config
+        if c.guided:
+            raise UserError(
+                f"guidance={c.guidance:g}: a teacher is trained without; set it where the teacher "
+                "is distilled"
+            )
+        self.add_player("student", self.teacher, c.optim, ema=True, total=c.steps, copy=False)
 
     def turns(self, step: int) -> list[Turn]:
         """One player, one turn."""
@@ -81,20 +97,24 @@ def fresh_network(config: DenoisingConfig, classes: tuple[str, ...]) -> Denoiser
     """A newly initialised network (torch's generator seeded by ``config.seed``).
 
     Raises:
-        UserError: an unknown class, or arguments that it refuses.
+        UserError: an unknown class, or arguments that it refuses or that do not fit the classes.
     """
     import diffusers
 
-    cls = getattr(diffusers, config.network.type, None)
+    kind = config.network.type
+    cls = getattr(diffusers, kind, None)
     if cls is None:
-        raise UserError(f"network.type: diffusers has no class {config.network.type}")
+        raise UserError(f"network.type: diffusers has no class {kind}")
+    if kind not in ADAPTERS:
+        raise UserError(f"network.type={kind} has no adapter; known are {', '.join(ADAPTERS)}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         try:
-            net = cls(**config.network.config)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"network.config: {config.network.type} refuses it: {error}") from error
-    return wrap_network(net, config, classes)
+            return wrap_network(cls(**config.network.config), config, classes)
+        except UserError:
+            raise
+        except REFUSALS as error:
+            raise UserError(f"network.config: {kind} refuses it: {error}") from error
 
 
 def load_student(config: DenoisingConfig, folder: Path, classes: tuple[str, ...]) -> Denoiser:
@@ -106,14 +126,41 @@ def load_student(config: DenoisingConfig, folder: Path, classes: tuple[str, ...]
 
 
 def wrap_network(net: nn.Module, config: DenoisingConfig, classes: tuple[str, ...]) -> Denoiser:
-    """A network with the process and head of a config; the label after the classes is "none"."""
+    """A network with the process and head of a config; the label after the classes is "none".
+
+    Raises:
+        UserError: the network's label table does not fit the classes.
+    """
+    names = known_classes(net, classes)
     return Denoiser(
         net,
         schedule(config.head),
         config.head,
-        classes=classes,
-        null_label=len(classes) if classes else None,
+        classes=names,
+        null_label=len(names) if names else None,
     )
+
+
+def known_classes(net: nn.Module, classes: tuple[str, ...]) -> tuple[str, ...]:
+    """The classes that a network can be told: the data's, or none where it takes no labels.
+
+    Raises:
+        UserError: its label table has not one row for each class and one for none.
+    """
+    adapter, count, kind = adapter_for(net), len(classes), type(net).__name__
+    rows, spare = adapter.label_rows(net), adapter.null_label(net) is not None
+    if rows and not classes:
+        raise UserError(
+            f"network.config: {kind} takes class labels, and the data has none; sort the images "
+            "into class folders, or use a UNet2DModel without num_class_embeds"
+        )
+    need = count if spare else count + 1
+    if rows and (rows < need if spare else rows != need):
+        raise UserError(
+            f"network.config: {adapter.label_key}={rows} does not fit {count} classes"
+            f"{'' if spare else ' and one row for none'}; set it to {need}"
+        )
+    return classes if rows else ()
 
 
 def schedule(head: str) -> Process:

@@ -64,7 +64,7 @@ class DMDTrainer(ScoreTrainer):
     def compare(self, made: Sample, batch: Batch, rng: Rng) -> Loss:
         """Pull the image along the normalised gap of the two clean estimates."""
         x = made.x.detach()
-        t = self.config.student_t.sample(rng.uniform("t", batch.index), self.process)
+        t = self.times(self.config.student_t, made.level, batch, rng)
         x_t = self.process.noise(x, self.z(batch, rng, "e"), t)
         with torch.no_grad():
             fake = self.denoiser("critic")(x_t, t, batch.cond).x

@@ -116,9 +116,9 @@ class ScoreTrainer(Trainer):
         return Loss(loss, {"loss": loss})
 
     def times(self, density: Density, level: float, batch: Batch, rng: Rng) -> Tensor:
-        """Times [B] from a density, moved into (level, t_max] where the sample is not clean."""
+        """Times [B] from a density, moved into the range from the sample's level to the top."""
         t = density.sample(rng.uniform("t", batch.index), self.process)
-        return t if level == 0 else level + t * (1 - level / self.process.t_max)
+        return level + t * ((self.top - level) / self.process.t_max)
 
     def kernel(self, x: Tensor, level: float, t: Tensor) -> Renoise:
         """The way from a sample's level up to times t [B]."""
@@ -132,7 +132,7 @@ class ScoreTrainer(Trainer):
         return [
             Pass("student", "train"),
             Pass("critic", "forward"),
-            Pass("teacher", "forward", 1, 1 if c.guidance == 1 else 2),
+            Pass("teacher", "forward", 1, 2 if c.guided else 1),
             Pass("critic", "train", c.critic_steps),
             *more,
         ]

@@ -1,18 +1,20 @@
 """Phased DMD: distribution matching in phases of noise level, one expert a phase.
 
-The levels 1 = l_0 > l_1 > ... > l_K = 0 cut the noise axis. Expert k maps samples at l_(k-1) to
-samples at l_k in a few Euler steps and matches their distribution at the noisier levels above
-l_k, where both they and the data can be noised further. The fake score of such intermediate
-samples learns from an unbiased target (:class:`stepdistill.losses.distribution.Renoise`) and
-starts anew from the teacher in every phase.
+The levels l_0 > l_1 > ... > l_K = 0 cut the noise axis, l_0 where the student's grid begins.
+Expert k maps samples at l_(k-1) to samples at l_k in a few Euler steps and matches their
+distribution at the noisier levels above l_k, where both they and the data can be noised further.
+The fake score of such intermediate samples learns from an unbiased target
+(:class:`stepdistill.losses.distribution.Renoise`) and starts anew from the teacher in every phase.
 """
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, Field
+from pydantic_core import PydanticCustomError
 from torch import Tensor
-from typing_extensions import override
 
 from stepdistill.data.batch import Batch
 from stepdistill.diffusion.denoiser import Denoiser, Experts
@@ -28,13 +30,25 @@ from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Loss, Pass
 from stepdistill.trainers.score.engine import Sample, ScoreConfig, ScoreTrainer
 
+MOST_PHASES = 4  # an exported pipeline holds as many networks
+
+
+def _falling(levels: tuple[float, ...]) -> tuple[float, ...]:
+    falling = all(a > b for a, b in zip(levels, levels[1:], strict=False))
+    if not falling or levels[-1:] != (0,):
+        raise PydanticCustomError("order", "must fall from pure noise to 0")
+    if not 1 < len(levels) <= MOST_PHASES + 1:
+        raise PydanticCustomError("count", f"must bound 1 to {MOST_PHASES} phases")
+    return levels
+
+
+Levels = Annotated[tuple[float, ...], AfterValidator(_falling)]
+
 
 class PhasedDMDConfig(ScoreConfig):
     """Settings of ``phased_dmd``."""
 
-    levels: tuple[float, ...] = Field(
-        (1.0, 0.6, 0.0), description="bounds of the phases, from noise to clean"
-    )
+    levels: Levels = Field((1.0, 0.6, 0.0), description="bounds of the phases, from noise to clean")
     phase_steps: int = Field(2, ge=1, description="Euler steps inside a phase")
     critic_rollout: bool = Field(
         True, description="train the fake score on whole rollouts, not on the truncated ones"
@@ -52,13 +66,16 @@ class PhasedDMDTrainer(ScoreTrainer):
         """The first expert and its fake score.
 
         Raises:
-            UserError: levels that do not fall from pure noise to 0, or a phase without a step.
+            UserError: levels that do not begin at the start, or a phase without a step.
         """
         super().setup()
-        levels, top = self.config.levels, self.process.t_max
-        falling = all(a > b for a, b in zip(levels, levels[1:], strict=False))
-        if len(levels) < 2 or not falling or abs(levels[0] / top - 1) > 1e-6 or levels[-1] != 0:
-            raise UserError(f"levels={levels} must fall from {top:.7g}, pure noise, to 0")
+        levels = self.config.levels
+        if abs(levels[0] / self.top - 1) > 1e-6:
+            where = "pure noise" if self.start == 1 else f"where students start={self.start:g}"
+            raise UserError(
+                f"levels={list(levels)} must fall from {self.top:.7g}, {where}, to 0; write "
+                f"{self.top:.7g} first"
+            )
         self.count = len(levels) - 1
         self.phase_length = -(-self.config.steps // self.count)
         if self.phase_length * (self.count - 1) >= self.config.steps:
@@ -70,12 +87,12 @@ class PhasedDMDTrainer(ScoreTrainer):
             player.total = player.total // self.config.steps * self.phase_length
 
     @property
-    @override
     def active(self) -> str:
+        """The expert of the present phase."""
         return expert_name(self.phase)
 
-    @override
     def prepare(self, step: int) -> None:
+        """See :meth:`Trainer.prepare`: enter the phase of ``step``."""
         while self.phase < min(step // self.phase_length, self.count - 1):
             self._next_phase()
 
@@ -95,7 +112,6 @@ class PhasedDMDTrainer(ScoreTrainer):
         top, bottom = self.config.levels[phase], self.config.levels[phase + 1]
         return tuple(top + (bottom - top) * i / steps for i in range(steps)) + (bottom,)
 
-    @override
     def grids(self) -> dict[int, Grid]:
         """One step a phase, and all of them: exits at both are what training teaches."""
         out: dict[int, Grid] = {}
@@ -104,11 +120,10 @@ class PhasedDMDTrainer(ScoreTrainer):
             out[steps * self.count] = (*(t for part in parts for t in part), 0.0)
         return out
 
-    @override
     def students(self) -> list[Player]:
+        """See :meth:`Trainer.students`: one a phase so far."""
         return [self.players[expert_name(k)] for k in range(self.phase + 1)]
 
-    @override
     def best(self) -> Denoiser | Experts:
         """All experts; levels whose phase is still to come are the teacher's."""
         made: list[Denoiser] = [player.best for player in self.students()]
@@ -121,8 +136,8 @@ class PhasedDMDTrainer(ScoreTrainer):
             x = move(den(x, full(x, t), batch.cond), self.process, full(x, r))
         return x
 
-    @override
     def generate(self, batch: Batch, rng: Rng, *, exact: bool) -> Sample:
+        """The phases before without a graph, then this one up to an exit, drawn unless exact."""
         c = self.config
         z = self.z(batch, rng)
         x = expand(self.process.coefs(full(z, c.levels[0])).sigma, z) * z
@@ -140,13 +155,13 @@ class PhasedDMDTrainer(ScoreTrainer):
         x_s = pred.x if level == 0 else move(pred, self.process, full(x, level))
         return Sample(x_s, level, pred.x)
 
-    @override
     def hand_over(self, made: Sample) -> Sample | None:
+        """None where the fake score trains on whole rollouts."""
         whole = self.config.critic_rollout and self.config.phase_steps > 1
         return None if whole else super().hand_over(made)
 
-    @override
     def compare(self, made: Sample, batch: Batch, rng: Rng) -> Loss:
+        """Pull the sample along the gap, at levels above its own."""
         t = self.times(self.config.student_t, made.level, batch, rng)
         x_s = made.x.detach()
         x_t = self.kernel(x_s, made.level, t).state(x_s, self.z(batch, rng, "e"))
@@ -156,8 +171,12 @@ class PhasedDMDTrainer(ScoreTrainer):
         loss = pull(made.x, dmd_direction(fake, real, made.reference.detach())).mean()
         return Loss(loss, {"gap": (fake - real).abs().mean(), "direction": loss})
 
-    @override
+    def held(self) -> dict[str, int]:
+        """See :meth:`Trainer.held`; the experts of earlier phases are frozen."""
+        return super().held() | ({"student": 1, "expert": self.phase} if self.phase else {})
+
     def passes(self) -> list[Pass]:
+        """Those of the engine, and the walks through this phase and those before."""
         c = self.config
         before = self.phase * c.phase_steps
         rollout = before + (c.phase_steps - 1) / 2

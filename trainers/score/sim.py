@@ -53,7 +53,7 @@ class SIMTrainer(ScoreTrainer):
         """The gradient in the image first, its own graph freed, then through the student."""
         c = self.config
         leaf = made.x.detach().requires_grad_()
-        t = c.student_t.sample(rng.uniform("t", batch.index), self.process)
+        t = self.times(c.student_t, made.level, batch, rng)
         x_t = self.process.noise(leaf, self.z(batch, rng, "e"), t)
         fake = self.denoiser("critic")(x_t, t, batch.cond).x
         real = guided(self.teacher, x_t, t, batch.cond, c.guidance).x

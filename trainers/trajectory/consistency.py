@@ -1,7 +1,8 @@
 """Consistency distillation: the student's clean estimates agree along the teacher's paths.
 
-A noisy image at time t is taken by one teacher step to an earlier time r; the student's estimate
-at t is pulled to its own (or its average's) estimate at r, which is exact at r = 0.
+A noisy image at time t is taken to an earlier time r, by one teacher step (distillation) or, with
+``solver: data``, along its own noise (training and tuning); the student's estimate at t is pulled
+to its own (or its average's) estimate at r, which is exact at r = 0.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from collections.abc import Mapping
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 from torch import Tensor
 
 from stepdistill.data.batch import Batch
@@ -20,6 +22,7 @@ from stepdistill.diffusion.sampler import heun_step, move
 from stepdistill.diffusion.timesteps import Density, LogitNormal, uniform_grid
 from stepdistill.losses.consistency import Weight, ect_partner, pair_weight
 from stepdistill.losses.regression import Metric, distance, huber_constant
+from stepdistill.run.errors import UserError
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Loss, Pass, Trainer, Turn
 from stepdistill.trainers.settings import Section, TrainConfig
@@ -42,6 +45,23 @@ class GridPairs(Section):
     steps: int = Field(32, ge=1, description="intervals of the teacher's grid")
     skip: int = Field(1, ge=1, description="intervals between t and r")
 
+    @field_validator("skip")
+    @classmethod
+    def _within(cls, skip: int, info: ValidationInfo) -> int:
+        if skip > info.data.get("steps", skip):
+            raise PydanticCustomError("order", f"must not be above steps={info.data['steps']}")
+        return skip
+
+
+def _ordered(span: tuple[float, float]) -> tuple[float, float]:
+    if span[0] > span[1]:
+        raise PydanticCustomError("order", "the first must not be above the second")
+    return span
+
+
+Scale = Annotated[float, Field(ge=0)]
+ScaleRange = Annotated[tuple[Scale, Scale], AfterValidator(_ordered)]
+
 
 class ConsistencyConfig(TrainConfig):
     """Settings of ``consistency``."""
@@ -49,7 +69,9 @@ class ConsistencyConfig(TrainConfig):
     pairs: Annotated[ECTPairs | GridPairs, Field(discriminator="kind")] = Field(
         default_factory=ECTPairs, description="which times are compared"
     )
-    solver: Literal["euler", "heun"] = Field("euler", description="the teacher's step")
+    solver: Literal["euler", "heun", "data"] = Field(
+        "euler", description="the teacher's step from t to r, or data: the image's own state at r"
+    )
     target: Literal["stop_gradient", "ema"] = Field(
         "stop_gradient", description="whose estimate at r is the target"
     )
@@ -57,9 +79,14 @@ class ConsistencyConfig(TrainConfig):
     metric: Metric = Field("pseudo_huber", description="distance of the two estimates")
     huber_scale: float = Field(0.00054, gt=0, description="c = huber_scale sqrt(dimensions)")
     weight: Weight = Field("inverse_gap", description="one, or 1 / (t - r)")
-    guidance_range: tuple[float, float] | None = Field(
+    guidance_range: ScaleRange | None = Field(
         None, description="guidance drawn uniformly a sample, instead of the constant one"
     )
+
+    @property
+    def guided(self) -> bool:
+        """See :attr:`TrainConfig.guided`; also by a range."""
+        return super().guided or self.guidance_range is not None
 
 
 class ConsistencyTrainer(Trainer):
@@ -72,16 +99,26 @@ class ConsistencyTrainer(Trainer):
     sizes = (1, 2, 4, 8)
 
     def setup(self) -> None:
-        """The student, and an average of it as the target where one is asked for."""
+        """The student, and an average of it as the target where one is asked for.
+
+        Raises:
+            UserError: guidance without a teacher's step.
+        """
         c = self.config
+        if c.solver == "data" and c.guided:
+            raise UserError(
+                "guidance: solver=data asks the teacher nothing that could be guided; set "
+                "guidance=1 and no guidance_range"
+            )
         self.add_player("student", self.teacher, c.optim, ema=True, total=c.steps)
         self.target_net: Denoiser | None = None
         if c.target == "ema":
             self.target_net = self.teacher.clone()
             self.target_net.net.requires_grad_(False)
+            self.target_params: list[Tensor] = list(self.target_net.net.parameters())
         if isinstance(c.pairs, GridPairs):
-            grid = torch.tensor(uniform_grid(self.process, c.pairs.steps), device=self.device)
-            self.grid = grid.float()
+            grid = uniform_grid(self.process, c.pairs.steps, self.start)
+            self.grid = torch.tensor(grid, device=self.device)
 
     def turns(self, step: int) -> list[Turn]:
         """One player, one turn."""
@@ -94,30 +131,38 @@ class ConsistencyTrainer(Trainer):
             place = rng.integers("t", batch.index, pairs.steps)
             return self.grid[place], self.grid[(place + pairs.skip).clamp_max(pairs.steps)]
         t = pairs.t.sample(rng.uniform("t", batch.index), self.process)
+        t = t * (self.top / self.process.t_max)
         stage = pairs.first + rng.step * pairs.stages // self.config.steps
         return t, ect_partner(t, stage, pairs.q)
 
     def loss(self, batch: Batch, rng: Rng) -> Loss:
-        """Distance between the estimates at t and, one teacher step on, at r."""
+        """Distance between the estimates at t and at r."""
         c = self.config
         assert batch.x is not None
         student = self.denoiser("student")
         t, r = self.times(batch, rng)
-        x_t = self.process.noise(batch.x, self.z(batch, rng), t)
-        scale: float | Tensor = c.guidance
-        if c.guidance_range is not None:
-            low, high = c.guidance_range
-            scale = low + (high - low) * rng.uniform("guidance", batch.index)
+        z = self.z(batch, rng)
+        x_t = self.process.noise(batch.x, z, t)
         with torch.no_grad():
-            if c.solver == "heun":
-                x_r = heun_step(self.teacher, x_t, t, r, batch.cond, scale)
+            if c.solver == "data":
+                x_r = self.process.noise(batch.x, z, r)
             else:
-                x_r = move(guided(self.teacher, x_t, t, batch.cond, scale), self.process, r)
+                x_r = self.solve(x_t, t, r, batch, rng)
             target = self.clean(self.target_net or student, x_r, r, batch)
         delta = self.clean(student, x_t, t, batch) - target
         c_huber = huber_constant(delta.shape, c.huber_scale)
         loss = (pair_weight(t, r, c.weight) * distance(delta, c.metric, c_huber)).mean()
         return Loss(loss, {"loss": loss, "distance": delta.abs().mean()})
+
+    def solve(self, x_t: Tensor, t: Tensor, r: Tensor, batch: Batch, rng: Rng) -> Tensor:
+        """The teacher's step from t to r."""
+        scale: float | Tensor = self.config.guidance
+        if self.config.guidance_range is not None:
+            low, high = self.config.guidance_range
+            scale = low + (high - low) * rng.uniform("guidance", batch.index)
+        if self.config.solver == "heun":
+            return heun_step(self.teacher, x_t, t, r, batch.cond, scale)
+        return move(guided(self.teacher, x_t, t, batch.cond, scale), self.process, r)
 
     def clean(self, den: Denoiser, x_t: Tensor, t: Tensor, batch: Batch) -> Tensor:
         """The estimate of the clean image; at t = 0 the state itself."""
@@ -129,11 +174,8 @@ class ConsistencyTrainer(Trainer):
         """See :meth:`Trainer.step`; then the ema target follows."""
         logs = super().step(step, batch)
         if self.target_net is not None:
-            torch._foreach_lerp_(
-                list(self.target_net.net.parameters()),
-                self.players["student"].params,
-                1 - self.config.target_decay,
-            )
+            weight = 1 - self.config.target_decay
+            torch._foreach_lerp_(self.target_params, self.players["student"].params, weight)
         return logs
 
     def state(self) -> dict[str, dict[str, Tensor]]:
@@ -151,16 +193,16 @@ class ConsistencyTrainer(Trainer):
         if self.target_net is not None:
             self.target_net.net.load_state_dict(tensors["target"])
 
+    def held(self) -> dict[str, int]:
+        """See :meth:`Trainer.held`; with the ema target."""
+        return super().held() | ({"target": 1} if self.target_net is not None else {})
+
     def passes(self) -> list[Pass]:
         """Teacher's step, target, student."""
-        c = self.config
-        guided_batch = 1 if c.guidance == 1 and c.guidance_range is None else 2
-        calls = 2 if c.solver == "heun" else 1
-        return [
-            Pass("teacher", "forward", calls, guided_batch),
-            Pass("student", "forward"),
-            Pass("student", "train"),
-        ]
+        calls = {"euler": 1, "heun": 2, "data": 0}[self.config.solver]
+        step = Pass("teacher", "forward", calls, 2 if self.config.guided else 1)
+        own = [Pass("student", "forward"), Pass("student", "train")]
+        return [step, *own] if calls else own
 
 
 TRAINER = ConsistencyTrainer

@@ -40,7 +40,7 @@ def export(
     Args:
         run: a finished run's folder.
         out: the folder to write.
-        steps: steps when none are asked for; the most that the student was trained for if None.
+        steps: steps when none are asked for; if None four, or the most that the student has.
         overwrite: replace a pipeline folder that is there.
         figures: measured rows for the model card; those of the run's own log if left out.
         tolerance: largest difference allowed to the training sampler's images in [0, 1].

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from stepdistill.commands.evaluate import evaluate, open_reference
 from stepdistill.commands.export import export
+from stepdistill.commands.picture import write_picture
 from stepdistill.commands.report import Curve, Grid, write_report
 from stepdistill.eval.generate import generate, load_pipeline
 from stepdistill.eval.images import save_grid
@@ -166,14 +167,14 @@ def page(out: Path, methods: Sequence[str], rows: Sequence[Row], num: int, secon
 
 
 def grids(out: Path, methods: Sequence[str], rows: Sequence[Row]) -> list[Grid]:
-    """Forty images of the teacher and of every student, from the same noise."""
+    """Forty images of the teacher and of every student, from the same noise; and grid.png."""
     wanted = [("teacher", teacher_path(TEACHER), n) for n in (1, max(TEACHER_STEPS))]
     for method in methods:
         own = sorted(row.steps or 0 for row in rows if row.method == method)
         picked = sorted({own[0], own[-1]})
         wanted += [(method, str(out / "pipelines" / method), n) for n in picked]
     distance = {(row.method, row.steps): row.fd for row in rows}
-    made = []
+    made, lines = [], []
     for name, folder, steps in wanted:
         pipe = load_pipeline(folder, trust_remote_code=True)
         images = generate(pipe, 40, seed=SEED, steps=steps)
@@ -182,6 +183,8 @@ def grids(out: Path, methods: Sequence[str], rows: Sequence[Row]) -> list[Grid]:
         title = f"{name}, {steps} step{'s' if steps > 1 else ''}"
         caption = f"fd {distance[name, steps]:.2f}"
         made.append(Grid(title=title, caption=caption, png=path.read_bytes()))
+        lines.append((title, images[:10]))
+    write_picture(out / "grid.png", lines)
     return made
 
 

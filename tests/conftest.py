@@ -6,6 +6,9 @@ import os
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # before anything imports torch: equal to the last bit, and quiet
+)
 
 import pytest
 

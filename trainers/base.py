@@ -72,7 +72,7 @@ class Trainer(ABC):
 
     Args:
         config: validated settings.
-        teacher: the frozen teacher; None for methods that train one from scratch.
+        teacher: the frozen teacher; for methods that train from scratch, the network itself.
         rank: this process's place.
         world: number of processes; each takes an equal slice of the global batch.
         wrap: prepares a new player for many processes or compilation.

@@ -53,6 +53,7 @@ class LiteralGridScheduler(SchedulerMixin, ConfigMixin):
             ``model``, 1 is ``model_2``, ...).
         noise: where n comes from: ``predicted``, ``fresh`` or ``initial``.
         default_steps: the number of steps taken when none is asked for.
+        clip: clamp every clean estimate to [-clip, clip]; None does not.
 
     Raises:
         ValueError: a grid that is empty, incomplete or singular, an unknown noise source, or a
@@ -67,11 +68,14 @@ class LiteralGridScheduler(SchedulerMixin, ConfigMixin):
         grids: Mapping[str, Sequence[Mapping[str, float]]],
         noise: str = "predicted",
         default_steps: int = 1,
+        clip: float | None = None,
     ) -> None:
         if noise not in NOISE_SOURCES:
             raise ValueError(f"noise is {noise!r}; known sources are {', '.join(NOISE_SOURCES)}")
         literal = {str(steps): _checked(str(steps), rows) for steps, rows in grids.items()}
-        self.register_to_config(grids=literal, noise=noise, default_steps=int(default_steps))
+        self.register_to_config(
+            grids=literal, noise=noise, default_steps=int(default_steps), clip=clip
+        )
         self.set_timesteps()
 
     def set_timesteps(
@@ -164,6 +168,8 @@ class LiteralGridScheduler(SchedulerMixin, ConfigMixin):
         """
         row, x_t = self._row(), sample.to(torch.float32)
         x, z = _solve(row, x_t, model_output.to(torch.float32))
+        if self.config.clip is not None:
+            x = x.clamp(-self.config.clip, self.config.clip)
         if self.config.noise == "initial" and self._step_index == 0:
             self._initial = x_t / row["sigma"]
         self._step_index += 1

@@ -22,6 +22,7 @@ from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser, Experts
 from stepdistill.diffusion.sampler import NoiseSource, sample
 from stepdistill.diffusion.timesteps import Grid, regular_start, uniform_grid
+from stepdistill.losses.regression import clip_through
 from stepdistill.run.errors import UserError
 from stepdistill.run.player import OptimConfig, Player
 from stepdistill.run.rng import Rng
@@ -86,6 +87,7 @@ class Trainer(ABC):
     needs: ClassVar[Literal["labels", "data", "pairs"]] = "labels"
     noise: NoiseSource = "predicted"
     sizes: tuple[int, ...] = (1,)
+    clips: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -107,6 +109,8 @@ class Trainer(ABC):
                 "guidance: the teacher has no label that means 'no class' to guide away from; "
                 "set guidance=1 and no guidance_range"
             )
+        if config.clip and not self.clips:
+            raise UserError(f"clip: {config.method} does not clamp its estimates; set clip=null")
         self.config, self.teacher = config, teacher
         self.process, self.device = teacher.process, teacher.device
         self.teacher.requires_grad_(False)
@@ -197,6 +201,7 @@ class Trainer(ABC):
                 self.grids()[steps],
                 cond,
                 noise=self.noise,
+                clip=self.config.clip,
                 fresh=lambda i: rng.normal(f"fresh-{i}", index, z.shape[1:]),
             )
 
@@ -214,6 +219,10 @@ class Trainer(ABC):
             rng = Rng(self.config.seed).at(step)
             label = rng.integers("label", index, len(self.teacher.classes))
         return Batch(index, Cond(label if self.teacher.classes else None), x, z)
+
+    def shown(self, x: Tensor) -> Tensor:
+        """A clean estimate as it is shown: clamped where the config says so."""
+        return clip_through(x, self.config.clip) if self.config.clip else x
 
     def z(self, batch: Batch, rng: Rng, stream: str = "z") -> Tensor:
         """Standard normal noise shaped like the batch's samples [B, C, *S]."""

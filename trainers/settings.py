@@ -73,6 +73,12 @@ class TrainConfig(Section):
         description="where the student's grid begins, as progress towards pure noise, 1; null: 1, "
         "but where alpha is 0.05 for noise predictors, whose clean estimate is singular at 1",
     )
+    clip: float | None = Field(
+        None,
+        ge=1,
+        description="clamp clean estimates to [-clip, clip], in training and in the sampler, so "
+        "that what is matched is close to the picture that is shown (pixels only)",
+    )
     data: DataConfig = Field(default_factory=DataConfig, description="images")
     optim: OptimConfig = Field(default_factory=OptimConfig, description="the student's optimizer")
     ema: EmaConfig = Field(default_factory=EmaConfig, description="average of the weights")

@@ -12,7 +12,7 @@ from torch import Tensor
 from stepdistill.commands.read import read_config
 from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser, Experts
-from stepdistill.diffusion.sampler import NoiseSource, sample
+from stepdistill.diffusion.sampler import sample
 from stepdistill.diffusion.timesteps import Grid
 from stepdistill.pipelines.card import model_card
 from stepdistill.pipelines.folder import refuse_taken, write_pipeline
@@ -63,7 +63,7 @@ def export(
     def proven(folder: Path) -> None:
         nonlocal difference
         try:
-            difference = check(den, grids, trainer.noise, folder, tolerance)
+            difference = check(trainer, folder, tolerance)
         except VerificationError as error:
             raise VerificationError(f"{out} was not written: {error}") from error
 
@@ -71,6 +71,7 @@ def export(
         grids={str(n): literal_rows(den, grid) for n, grid in grids.items()},
         noise=trainer.noise,
         default_steps=default,
+        clip=trainer.config.clip,
     )
     write_pipeline(
         out,
@@ -184,20 +185,21 @@ def literal_rows(den: Denoiser | Experts, grid: Grid) -> list[dict[str, float | 
 
 
 @torch.no_grad()
-def check(
-    den: Denoiser | Experts,
-    grids: dict[int, Grid],
-    noise: NoiseSource,
-    out: Path,
-    tolerance: float,
-) -> float:
+def check(trainer: Trainer, out: Path, tolerance: float) -> float:
     """Hold the folder's images against the training sampler's, on every grid."""
-    first = members(den)[0]
-    classes = len(first.classes)
+    den, classes = trainer.best(), len(trainer.teacher.classes)
     labels = [i % classes for i in range(len(SEEDS))] if classes else None
     cond = Cond(torch.tensor(labels) if labels else None)
     expected: dict[int, Tensor] = {}
-    for n, grid in grids.items():
-        draws = noise_from_seeds(SEEDS, first.sample_shape, n)
-        expected[n] = sample(den, draws[0], grid, cond, noise=noise, fresh=draws.__getitem__)
+    for n, grid in trainer.grids().items():
+        draws = noise_from_seeds(SEEDS, trainer.teacher.sample_shape, n)
+        expected[n] = sample(
+            den,
+            draws[0],
+            grid,
+            cond,
+            noise=trainer.noise,
+            fresh=draws.__getitem__,
+            clip=trainer.config.clip,
+        )
     return verify_folder(out, expected, labels, SEEDS, tolerance)

@@ -53,6 +53,10 @@ class Prediction:
         """Noise estimate [B, C, *S]."""
         return self.head.noise(self.h, self.x_t, self.c, self.sigma_data)
 
+    def clip(self, bound: float) -> None:
+        """Clamp the clean estimate to [-bound, bound]; the noise estimate stays."""
+        self.x = self.x.clamp(-bound, bound)
+
     @property
     def velocity(self) -> Tensor:
         """dx_t/dt of the probability flow in the process's own time."""

@@ -54,6 +54,7 @@ def sample(
     noise: NoiseSource = "predicted",
     fresh: Callable[[int], Tensor] | None = None,
     guidance: float = 1.0,
+    clip: float | None = None,
     stop: int | None = None,
 ) -> Tensor:
     """Walk the grid from noise; return the state at its end, or at ``grid[stop]``.
@@ -65,6 +66,7 @@ def sample(
         noise: where each step's noise comes from.
         fresh: for ``noise="fresh"``, the noise [B, C, *S] that step i (from 1) ends with.
         guidance: classifier-free guidance scale; 1 is none.
+        clip: clamp clean estimates to [-clip, clip], for pixels.
         stop: leave after this many steps.
 
     Raises:
@@ -76,6 +78,8 @@ def sample(
     x_t = expand(process.coefs(full(z, grid[0])).sigma, z) * z
     for i in range(len(grid) - 1 if stop is None else stop):
         pred = guided(den.at(grid[i]), x_t, full(z, grid[i]), cond, guidance)
+        if clip is not None:
+            pred.clip(clip)
         if grid[i + 1] == 0:
             return pred.x
         n = z if noise == "initial" else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -36,6 +36,28 @@ def distance(delta: Tensor, metric: Metric, c: float | None = None) -> Tensor:
     if metric == "l2":
         return sum_square(delta)
     return pseudo_huber(delta, huber_constant(delta.shape) if c is None else c)
+
+
+class _Clip(torch.autograd.Function):
+    """Clamp whose gradient passes inwards: a pixel outside can come back, and go no further."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bound: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.bound = bound
+        return x.clamp(-bound, bound)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (x,), (grad,) = ctx.saved_tensors, grads
+        outwards = ((x > ctx.bound) & (grad < 0)) | ((x < -ctx.bound) & (grad > 0))
+        return grad.masked_fill(outwards, 0), None
+
+
+def clip_through(x: Tensor, bound: float) -> Tensor:
+    """Clamp to [-bound, bound]; of the gradient, only what would push further out is dropped."""
+    clipped: Tensor = _Clip.apply(x, bound)
+    return clipped
 
 
 def pull(x: Tensor, direction: Tensor) -> Tensor:

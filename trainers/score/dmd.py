@@ -36,6 +36,7 @@ class DMDTrainer(ScoreTrainer):
 
     Config = DMDConfig
     config: DMDConfig
+    clips = True
 
     def setup(self) -> None:
         """See :meth:`ScoreTrainer.setup`."""
@@ -55,10 +56,11 @@ class DMDTrainer(ScoreTrainer):
                 grid,
                 batch.cond,
                 noise=self.noise,
+                clip=self.config.clip,
                 fresh=lambda i: self.z(batch, rng, f"fresh-{i}"),
                 stop=exit_at,
             )
-        x = student(x_t, full(x_t, grid[exit_at]), batch.cond).x
+        x = self.shown(student(x_t, full(x_t, grid[exit_at]), batch.cond).x)
         return Sample(x, 0.0, x)
 
     def compare(self, made: Sample, batch: Batch, rng: Rng) -> Loss:

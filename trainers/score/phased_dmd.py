@@ -113,12 +113,10 @@ class PhasedDMDTrainer(ScoreTrainer):
         return tuple(top + (bottom - top) * i / steps for i in range(steps)) + (bottom,)
 
     def grids(self) -> dict[int, Grid]:
-        """One step a phase, and all of them: exits at both are what training teaches."""
-        out: dict[int, Grid] = {}
-        for steps in sorted({1, self.config.phase_steps}):
-            parts = [self.sub_grid(k, steps)[:-1] for k in range(self.count)]
-            out[steps * self.count] = (*(t for part in parts for t in part), 0.0)
-        return out
+        """All steps of all phases."""
+        steps = self.config.phase_steps
+        parts = [self.sub_grid(k, steps)[:-1] for k in range(self.count)]
+        return {steps * self.count: (*(t for part in parts for t in part), 0.0)}
 
     def students(self) -> list[Player]:
         """See :meth:`Trainer.students`: one a phase so far."""

@@ -39,6 +39,7 @@ class SIMTrainer(ScoreTrainer):
 
     Config = SIMConfig
     config: SIMConfig
+    clips = True
 
     def generate(self, batch: Batch, rng: Rng, *, exact: bool) -> Sample:
         """One step from pure noise."""
@@ -46,7 +47,7 @@ class SIMTrainer(ScoreTrainer):
         z = self.z(batch, rng)
         t = full(z, self.grids()[1][0])
         scale = self.process.coefs(t).expand(z).sigma
-        x = student(scale * z, t, batch.cond).x
+        x = self.shown(student(scale * z, t, batch.cond).x)
         return Sample(x, 0.0, x)
 
     def compare(self, made: Sample, batch: Batch, rng: Rng) -> Loss:

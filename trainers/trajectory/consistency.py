@@ -95,6 +95,7 @@ class ConsistencyTrainer(Trainer):
     Config = ConsistencyConfig
     config: ConsistencyConfig
     needs = "data"
+    clips = True
     noise = "fresh"
     sizes = (1, 2, 4, 8)
 
@@ -166,7 +167,7 @@ class ConsistencyTrainer(Trainer):
 
     def clean(self, den: Denoiser, x_t: Tensor, t: Tensor, batch: Batch) -> Tensor:
         """The estimate of the clean image; at t = 0 the state itself."""
-        estimate = den(x_t, t.clamp_min(self.process.t_min), batch.cond).x
+        estimate = self.shown(den(x_t, t.clamp_min(self.process.t_min), batch.cond).x)
         at_end = (t <= 0).reshape(-1, *(1,) * (x_t.dim() - 1))
         return torch.where(at_end, x_t, estimate)
 

@@ -162,7 +162,7 @@ class Watch:
             trainer.draw(z[part], cond.rows(part), steps, Rng(self.config.seed), index[part])
             for part in torch.arange(c.num).split(256)
         ]
-        stats = Stats.of(extract(self._reference.extractor, torch.cat(images).cpu()))
+        stats = Stats.of(extract(self._reference.extractor, torch.cat(images).clamp(-1, 1).cpu()))
         distance = frechet_distance(stats, self._reference.stats)
         return {f"fd-{c.features}/{steps}": float(distance)}
 

@@ -78,3 +78,10 @@ def test_the_readme_names_every_method(root: Path) -> None:
 def test_make_knows_the_two_commands(root: Path, target: str) -> None:
     dry = subprocess.run(["make", "-n", target], cwd=root, capture_output=True, text=True)
     assert dry.returncode == 0
+
+
+def test_every_linked_file_is_there(root: Path) -> None:
+    text = (root / "README.md").read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
+    assert {"docs/demo.png", "CONTRIBUTING.md"} <= set(links)
+    assert [link for link in links if not (root / link).exists()] == []

@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
-os.environ["OMP_NUM_THREADS"] = (
-    "1"  # before anything imports torch: equal to the last bit, and quiet
-)
+os.environ["OMP_NUM_THREADS"] = "1"  # before anything imports torch: equal to the last bit
+# As the command line sets it before it imports diffusers; tests that fork have it imported.
+os.environ["DIFFUSERS_VERBOSITY"] = "error"
 
 import pytest
 

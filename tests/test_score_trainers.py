@@ -205,9 +205,9 @@ def test_phases_of_a_noise_predictor_begin_where_one_step_is_well_posed() -> Non
     with pytest.raises(UserError, match=r"must fall from 0\.769, where students start=0\.769"):
         make("phased_dmd", teacher, levels=(1.0, 0.5, 0.0))
     made = make("phased_dmd", teacher, levels=(0.769, 0.5, 0.0))
-    assert made.grids()[2] == pytest.approx((0.769, 0.5, 0.0))
+    assert made.grids()[4] == pytest.approx((0.769, 0.6345, 0.5, 0.25, 0.0))
     made = make("phased_dmd", teacher, start=1.0)
-    assert made.grids()[2] == (1.0, 0.6, 0.0)
+    assert made.grids()[4] == pytest.approx((1.0, 0.8, 0.6, 0.3, 0.0))
 
 
 @pytest.mark.parametrize("method", ["sim", "dmd", "consistency"])

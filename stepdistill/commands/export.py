@@ -56,8 +56,7 @@ def export(
     run, out = Path(run), Path(out)
     refuse_taken(out, overwrite)
     trainer = finished(run)
-    den, grids = trainer.best(), trainer.grids()
-    default = default_steps(trainer, steps)
+    den, grids, default = trainer.best(), trainer.grids(), default_steps(trainer, steps)
     difference = float("inf")
 
     def proven(folder: Path) -> None:

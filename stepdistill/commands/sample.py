@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-
-from stepdistill.eval.generate import generate, load_pipeline
+from stepdistill.commands.evaluate import load
+from stepdistill.eval.generate import generate
 from stepdistill.eval.images import save_grid, save_images
-from stepdistill.run.assets import TEACHERS, teacher_path
 from stepdistill.run.errors import UserError
 
 
@@ -33,9 +31,7 @@ def sample(
     grid = out / "grid.png"
     if grid.exists() and not overwrite:
         raise UserError(f"{grid} exists; choose another folder or pass --overwrite")
-    trusted = trust_remote_code or pipeline in TEACHERS  # what ships with this package is its own
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipe = load_pipeline(teacher_path(pipeline), trust_remote_code=trusted, device=device)
+    pipe = load(pipeline, trust_remote_code=trust_remote_code)
     images = generate(pipe, num, seed=seed, steps=steps, batch_size=batch_size, options=options)
     save_images(images, out, overwrite=overwrite)
     save_grid(images[:100], grid, columns=10, overwrite=overwrite)

@@ -98,7 +98,7 @@ class Source:
 
     def _of_images(self, images: ImageSet, start: int) -> Iterator[Batch]:
         c, p = self.trainer.config, self.processes
-        loader = Loader(
+        with Loader(
             images,
             c.batch_size,
             c.seed,
@@ -107,8 +107,7 @@ class Source:
             world=p.world,
             workers=c.data.workers,
             device=p.device,
-        )
-        with closing(loader):
+        ) as loader:
             for step, x, label in loader:
                 yield self.trainer.batch(step, x, label)
 

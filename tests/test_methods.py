@@ -47,7 +47,7 @@ def networks(made: Trainer) -> dict[str, nn.Module]:
         if player.ema is not None:
             found[f"{name} ema"] = player.ema.net
     for name, value in vars(made).items():
-        if isinstance(value, Denoiser) and name != "teacher":
+        if isinstance(value, Denoiser) and value is not made.teacher:
             found[name] = value.net
     return found
 

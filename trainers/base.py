@@ -74,6 +74,7 @@ class Trainer(ABC):
     Args:
         config: validated settings.
         teacher: the frozen teacher; for methods that train from scratch, the network itself.
+        initial: what the players begin as, of the teacher's process; the teacher if left out.
         rank: this process's place.
         world: number of processes; each takes an equal slice of the global batch.
         wrap: prepares a new player for many processes or compilation.
@@ -94,6 +95,7 @@ class Trainer(ABC):
         config: TrainConfig,
         teacher: Denoiser,
         *,
+        initial: Denoiser | None = None,
         rank: int = 0,
         world: int = 1,
         wrap: Callable[[Player], None] | None = None,
@@ -111,7 +113,7 @@ class Trainer(ABC):
             )
         if config.clip and not self.clips:
             raise UserError(f"clip: {config.method} does not clamp its estimates; set clip=null")
-        self.config, self.teacher = config, teacher
+        self.config, self.teacher, self.initial = config, teacher, initial or teacher
         self.process, self.device = teacher.process, teacher.device
         self.teacher.requires_grad_(False)
         self.rank, self.world = rank, world

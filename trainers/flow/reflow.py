@@ -50,7 +50,7 @@ class ReflowTrainer(Trainer):
                 f"with a {self.teacher.head.name} head; use a FlowMatch teacher such as digits-dit"
             )
         total = self.config.steps
-        self.add_player("student", self.teacher, self.config.optim, ema=True, total=total)
+        self.add_player("student", self.initial, self.config.optim, ema=True, total=total)
 
     def turns(self, step: int) -> list[Turn]:
         """One player, one turn."""

@@ -68,8 +68,8 @@ class ScoreTrainer(Trainer):
     def setup(self) -> None:
         """Student and fake score both start as the teacher."""
         c = self.config
-        self.add_player("student", self.teacher, c.optim, ema=True, total=c.steps)
-        self.add_player("critic", self.teacher, c.critic, ema=False, total=c.steps * c.critic_steps)
+        self.add_player("student", self.initial, c.optim, ema=True, total=c.steps)
+        self.add_player("critic", self.initial, c.critic, ema=False, total=c.steps * c.critic_steps)
 
     def turns(self, step: int) -> list[Turn]:
         """The student once, then the fake score ``critic_steps`` times."""

@@ -101,10 +101,10 @@ class PhasedDMDTrainer(ScoreTrainer):
         self.players[self.active].retire()
         self.phase += 1
         self.add_player(
-            self.active, self.teacher, self.config.optim, ema=True, total=self.phase_length
+            self.active, self.initial, self.config.optim, ema=True, total=self.phase_length
         )
         critic = self.players["critic"]
-        critic.load_weights(self.teacher)
+        critic.load_weights(self.initial)
         critic.reset_optimizer()
 
     def sub_grid(self, phase: int, steps: int) -> Grid:

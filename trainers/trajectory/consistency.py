@@ -111,10 +111,10 @@ class ConsistencyTrainer(Trainer):
                 "guidance: solver=data asks the teacher nothing that could be guided; set "
                 "guidance=1 and no guidance_range"
             )
-        self.add_player("student", self.teacher, c.optim, ema=True, total=c.steps)
+        self.add_player("student", self.initial, c.optim, ema=True, total=c.steps)
         self.target_net: Denoiser | None = None
         if c.target == "ema":
-            self.target_net = self.teacher.clone()
+            self.target_net = self.initial.clone()
             self.target_net.net.requires_grad_(False)
             self.target_params: list[Tensor] = list(self.target_net.net.parameters())
         if isinstance(c.pairs, GridPairs):

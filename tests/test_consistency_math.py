@@ -12,10 +12,10 @@ from torch import Tensor
 
 from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser
-from stepdistill.diffusion.oracles import Oracle
 from stepdistill.diffusion.process import RF
 from stepdistill.losses.consistency import ect_partner, pair_weight
 from stepdistill.losses.regression import distance, huber_constant, pseudo_huber
+from stepdistill.oracles.denoiser import Oracle
 from stepdistill.run.errors import UserError
 from stepdistill.run.rng import Rng
 from tests.helpers import batch_of, make, mlp_teacher, run

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser
-from stepdistill.diffusion.oracles import Oracle
 from stepdistill.diffusion.process import RF
 from stepdistill.diffusion.sampler import full, heun_step, sample
 from stepdistill.diffusion.timesteps import uniform_grid
 from stepdistill.losses.reflow import velocity_loss
+from stepdistill.oracles.denoiser import Oracle
 from stepdistill.run.rng import Rng
 from tests.helpers import hermite, hermite2, make, small_mlp
 

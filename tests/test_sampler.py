@@ -13,10 +13,10 @@ from torch import Tensor
 from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser, Experts
 from stepdistill.diffusion.guidance import guided
-from stepdistill.diffusion.oracles import Oracle
 from stepdistill.diffusion.process import EDM, RF, VP
 from stepdistill.diffusion.sampler import full, move, sample
 from stepdistill.diffusion.timesteps import uniform_grid
+from stepdistill.oracles.denoiser import Oracle
 from tests.helpers import close, karras_grid, mlp_teacher, noise, small_mlp, start_scale
 
 BATCH = 16

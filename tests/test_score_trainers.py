@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from stepdistill.diffusion.denoiser import Denoiser
-from stepdistill.diffusion.oracles import Oracle
 from stepdistill.diffusion.process import RF
 from stepdistill.diffusion.sampler import sample
+from stepdistill.oracles.denoiser import Oracle
 from stepdistill.pipelines.image import MODEL_NAMES
 from stepdistill.run.assets import load_teacher
 from stepdistill.run.errors import UserError

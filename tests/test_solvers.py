@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from stepdistill.diffusion.cond import Cond
-from stepdistill.diffusion.oracles import Oracle
 from stepdistill.diffusion.process import EDM, RF, VP, Process, Trig
 from stepdistill.diffusion.sampler import full, heun_step, move, sample
 from stepdistill.diffusion.timesteps import uniform_grid
+from stepdistill.oracles.denoiser import Oracle
 from tests.helpers import close, karras_grid, noise, processes, scaled_linear
 
 BATCH = 16

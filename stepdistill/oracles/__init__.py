@@ -1,0 +1,1 @@
+"""Closed-form teachers: denoisers like any other, of which everything is known."""

@@ -1,0 +1,162 @@
+"""What every trainer keeps whatever it converges to, as figures: its passes, its processes, its
+averages and its clock."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill.proof.rows import Judge
+from stepdistill.proof.trial import Trial
+from stepdistill.run.rng import Rng
+from stepdistill.trainers.base import Trainer
+
+Key = tuple[str, str, int]  # role, kind and batch of a pass
+STEPS = 6
+
+
+def keep(made: Judge) -> None:
+    """Add the rows of a trial's contract."""
+    trial = made.trial
+    made.add("passes not as declared", float(miscounted(trial)), 0.0)
+    made.add("two processes against one", split_gap(trial), 1e-4)
+    made.add("average of weights", average_gap(trial), 1e-5)
+    made.add("time from its own log-SNR", clock_gap(trial.trainer), 1e-5)
+
+
+def step(trial: Trial, made: Trainer, at: int) -> None:
+    """One step as the loop does it."""
+    made.prepare(at)
+    made.step(at, trial.source(made, at))
+
+
+# Cost ---------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def counting(made: Trainer) -> Iterator[Counter[Key]]:
+    """Count the passes of a trainer's networks by hooks while the context is open."""
+    counts: Counter[Key] = Counter()
+
+    def hook(role: str) -> Any:
+        def note(net: nn.Module, args: tuple[Any, ...], _: Any) -> None:
+            x = args[0]
+            if torch.is_grad_enabled() and any(p.requires_grad for p in net.parameters()):
+                kind = "train"
+            elif torch.is_grad_enabled() and x.requires_grad:
+                kind = "input"
+            else:
+                kind = "forward"
+            counts[role, kind, len(x) // (made.config.batch_size // made.world)] += 1
+
+        return note
+
+    roles = {id(p.denoiser.net): (p.denoiser.net, p.name) for p in made.players.values()}
+    roles.setdefault(id(made.teacher.net), (made.teacher.net, "teacher"))
+    handles = []
+    for net, name in roles.values():
+        role = "student" if name.startswith("student") else name
+        handles.append(net.register_forward_hook(hook(role)))
+    try:
+        yield counts
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def declared(made: Trainer) -> Counter[Key]:
+    """Passes of a step as the trainer says."""
+    total: Counter[Key] = Counter()
+    for item in made.passes():
+        total[item.role, item.kind, item.batch] += item.count  # type: ignore[assignment]
+    return total
+
+
+def miscounted(trial: Trial) -> float:
+    """Passes a step that are counted and not declared, or declared and not counted.
+
+    Walks of the student without a graph are left out: their length is drawn.
+    """
+    made = trial.build()
+    made.prepare(0)
+    with counting(made) as counts:
+        for at in range(STEPS):
+            step(trial, made, at)
+    expected = declared(made)
+    keys = {key for key in (*counts, *expected) if key[:2] != ("student", "forward")}
+    return sum(abs(counts[key] / STEPS - expected[key]) for key in keys)
+
+
+# Processes ----------------------------------------------------------------------------------------
+
+
+def split_gap(trial: Trial) -> float:
+    """Largest difference of the whole batch's gradients to the mean of two processes', relative.
+
+    Taken after a few steps, over every turn of one step; both must draw the same choices, and
+    a loss must be a mean over samples.
+    """
+    whole = trial.build()
+    for at in range(STEPS):
+        step(trial, whole, at)
+    updates = {name: player.updates for name, player in whole.players.items()}
+    halves = [trial.build(rank=rank, world=2) for rank in (0, 1)]
+    for half in halves:
+        half.load_state(STEPS, whole.state(), updates)
+    worst = 0.0
+    for at in range(STEPS, 2 * STEPS):
+        one, left, right = (gradients(trial, made, at) for made in (whole, *halves))
+        for a, b, c in zip(one, left, right, strict=True):
+            worst = max(worst, float((a - (b + c) / 2).norm() / a.norm().clamp_min(1e-12)))
+    return worst
+
+
+def gradients(trial: Trial, made: Trainer, at: int) -> list[Tensor]:
+    """The gradient of every turn of a step as one vector each, without an update."""
+    made.prepare(at)
+    batch, found = trial.source(made, at), []
+    for place, turn in enumerate(made.turns(at)):
+        player = made.players[turn.player]
+        with player.turn():
+            turn.loss(batch, Rng(made.config.seed).at(at, place)).value.backward()
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in player.params]
+        found.append(torch.cat([grad.flatten() for grad in grads]))
+        player.optimizer.zero_grad(set_to_none=True)
+    return found
+
+
+# Averages and time --------------------------------------------------------------------------------
+
+
+def average_gap(trial: Trial) -> float:
+    """Largest difference of the student's averaged weights to a sum over its own updates."""
+    made = trial.build()
+    made.prepare(0)
+    player = made.students()[-1]
+    if player.ema is None:
+        return 0.0
+    flat = _flat(player.params)
+    expected, updates = flat.clone(), 0
+    for at in range(STEPS):
+        step(trial, made, at)
+        updates += 1
+        decay = min(made.config.ema.decay, (1 + updates) / (10 + updates))
+        expected = decay * expected + (1 - decay) * _flat(player.params)
+    moved = (_flat(player.params) - flat).norm().clamp_min(1e-12)
+    return float((_flat(player.averages) - expected).norm() / moved)
+
+
+def _flat(params: list[Tensor]) -> Tensor:
+    return torch.cat([param.detach().flatten() for param in params]).double()
+
+
+def clock_gap(made: Trainer) -> float:
+    """Largest difference, over the process's range, of a time to that of its log-SNR."""
+    process = made.process
+    t = torch.linspace(0.01, 0.99, 99) * process.t_max
+    return float((process.time_at(process.log_snr(t)) - t).abs().max()) / process.t_max

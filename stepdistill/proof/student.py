@@ -1,0 +1,174 @@
+"""Small students: the teacher's own output and a correction that begins at zero.
+
+So they begin as the teacher, like every student, and a fake score is exact again once the
+student's law is the teacher's. On Gaussians the correction is affine, which holds the answer
+exactly; elsewhere it is a small network.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill.diffusion.denoiser import Denoiser
+from stepdistill.oracles.denoiser import Oracle, OracleAdapter
+
+Kind = Literal["table", "smooth", "network"]
+
+
+class Table(nn.Module):
+    """One affine map a class and grid time, linear in between: outputs [B, D] from x [B, D].
+
+    Args:
+        dim: coordinates D.
+        labels: labels that it knows, that of no class included; 0 for none.
+        cells: intervals of the grid over [0, 1].
+    """
+
+    def __init__(self, dim: int, labels: int, cells: int = 32) -> None:
+        super().__init__()
+        self.dim, self.cells = dim, cells
+        self.maps = nn.Parameter(torch.zeros(max(1, labels), cells + 1, dim * (dim + 1)))
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
+        """See the class; t [B] in [0, 1]."""
+        place = (t * self.cells).clamp(0, self.cells)
+        low = place.long().clamp_max(self.cells - 1)
+        row = torch.zeros_like(low) if label is None else label
+        part = (place - low)[:, None]
+        flat = torch.lerp(self.maps[row, low], self.maps[row, low + 1], part)
+        return affine(flat, x)
+
+
+class Smooth(nn.Module):
+    """One affine map a class, a polynomial in time: outputs [B, D] from x [B, D].
+
+    Args:
+        dim: coordinates D.
+        labels: labels that it knows, that of no class included; 0 for none.
+        terms: Chebyshev polynomials that it is made of.
+    """
+
+    def __init__(self, dim: int, labels: int, terms: int = 6) -> None:
+        super().__init__()
+        self.dim, self.terms = dim, terms
+        self.maps = nn.Parameter(torch.zeros(max(1, labels), terms, dim * (dim + 1)))
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
+        """See the class; t [B] in [0, 1]."""
+        order = torch.arange(self.terms, device=t.device)
+        basis = torch.cos((2 * t - 1).clamp(-1, 1).acos()[:, None] * order)
+        row = torch.zeros(len(x), dtype=torch.long, device=x.device) if label is None else label
+        return affine(torch.einsum("bk,bkm->bm", basis, self.maps[row]), x)
+
+
+class Network(nn.Module):
+    """Three hidden layers: outputs [B, D] from x [B, D], time and class.
+
+    Args:
+        dim: coordinates D.
+        labels: labels that it knows, that of no class included; 0 for none.
+        width: of the hidden layers.
+    """
+
+    def __init__(self, dim: int, labels: int, width: int = 64) -> None:
+        super().__init__()
+        self.dim, self.labels = dim, labels
+        sizes = [dim + 4 + labels, width, width, width]
+        pairs = zip(sizes, sizes[1:], strict=False)
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairs)
+        self.leave = nn.Linear(width, dim)
+        nn.init.zeros_(self.leave.weight)
+        nn.init.zeros_(self.leave.bias)
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
+        """See the class; t [B] in [0, 1]."""
+        angle = math.pi * t[:, None] * torch.tensor([1.0, 2.0], device=t.device)
+        parts = [x, angle.sin(), angle.cos()]
+        if self.labels and label is not None:
+            parts.append(nn.functional.one_hot(label, self.labels).to(x))
+        h = torch.cat(parts, dim=1)
+        for layer in self.layers:
+            h = nn.functional.silu(layer(h))
+        out: Tensor = self.leave(h)
+        return out
+
+
+def affine(flat: Tensor, x: Tensor) -> Tensor:
+    """A x + b of maps flattened to [B, D (D + 1)]."""
+    maps = flat.unflatten(1, (x.shape[1], -1))
+    moved: Tensor = torch.einsum("bij,bj->bi", maps[..., :-1], x) + maps[..., -1]
+    return moved
+
+
+class Corrected(nn.Module):
+    """The output of a frozen oracle, or nothing, plus a correction.
+
+    Args:
+        base: the oracle's network; it is shared by copies and is no part of what is trained.
+        fix: the correction.
+        span: the process's largest time.
+    """
+
+    def __init__(self, base: nn.Module | None, fix: nn.Module, span: float) -> None:
+        super().__init__()
+        self.held, self.fix, self.span = (base,), fix, span  # the tuple keeps it out of the tree
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Corrected:
+        return Corrected(self.held[0], copy.deepcopy(self.fix, memo), self.span)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one sample."""
+        return (int(self.fix.dim),)  # type: ignore[arg-type]
+
+    def forward(self, x_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        """Raw output [B, D] at states [B, D] and process times [B]."""
+        fix: Tensor = self.fix(x_t, t / self.span, label)
+        return fix if self.held[0] is None else self.held[0](x_t, t, label) + fix
+
+
+class StudentAdapter(OracleAdapter):
+    """``net(x_t, t, label)``."""
+
+    def sample_shape(self, net: nn.Module) -> tuple[int, ...]:
+        """(D,)."""
+        return tuple(net.shape)  # type: ignore[arg-type]
+
+
+class Student(Denoiser):
+    """A small network that is given the state and the process's own time as they are."""
+
+    def raw(self, x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
+        """See :meth:`Denoiser.raw`."""
+        return self.adapter(self._call or self.net, x_t, t, cond.label).float()
+
+
+def begin(oracle: Oracle, kind: Kind, *, fresh: bool = False, seed: int = 0) -> Student:
+    """A student of an oracle.
+
+    Args:
+        oracle: the teacher, of samples that are vectors.
+        kind: "table" and "smooth" are affine in the state, "network" is not.
+        fresh: begin from nothing, not as the teacher.
+        seed: of its hidden weights.
+    """
+    (dim,) = oracle.sample_shape
+    labels = len(oracle.classes) + 1 if oracle.classes else 0
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        fix = {"table": Table, "smooth": Smooth, "network": Network}[kind](dim, labels)
+    base = None if fresh else copy.deepcopy(oracle.net).requires_grad_(False)
+    net = Corrected(base, fix, oracle.process.t_max)
+    return Student(
+        net,
+        oracle.process,
+        oracle.head.name,
+        adapter=StudentAdapter(),
+        classes=oracle.classes,
+        null_label=oracle.null_label,
+    )

@@ -1,0 +1,213 @@
+"""One trial: a method, in one setting, trained by its own trainer on one closed-form teacher."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stepdistill.data.batch import Batch
+from stepdistill.data.order import share
+from stepdistill.data.pairs import PairPlan, PairStore, make_pairs
+from stepdistill.diffusion.cond import Cond
+from stepdistill.diffusion.sampler import sample
+from stepdistill.diffusion.timesteps import uniform_grid
+from stepdistill.oracles.named import Teacher
+from stepdistill.proof.student import Kind, begin
+from stepdistill.run.log import Meter
+from stepdistill.run.rng import Rng
+from stepdistill.trainers.base import Trainer
+from stepdistill.trainers.find import trainer as find_trainer
+from stepdistill.trainers.fixed_point import FixedPoint, Proof
+
+Recipe = dict[str, Any]
+LAW_CRITIC = {"betas": (0.0, 0.999), "decay": "cosine", "clip": None}
+AFFINE: dict[str, Recipe] = {
+    "map": {"steps": 2000, "optim": {"lr": 1e-2, "betas": (0.9, 0.99)}},
+    "law": {"steps": 1200, "batch_size": 512, "optim": {"lr": 4e-3}, "critic": {"lr": 1.2e-2}},
+    "field": {"steps": 2500, "optim": {"lr": 1e-2, "betas": (0.9, 0.99)}},
+}
+NETWORK: dict[str, Recipe] = {
+    "map": {"steps": 4000, "optim": {"lr": 4e-3, "betas": (0.9, 0.99)}},
+    "law": {"steps": 4000, "batch_size": 128, "optim": {"lr": 1e-3}, "critic": {"lr": 3e-3}},
+    "field": {"steps": 4000, "optim": {"lr": 4e-3, "betas": (0.9, 0.99)}},
+}
+SHARED: Recipe = {"batch_size": 256, "ema": {"decay": 0.99}, "critic_steps": 2}
+PAIRS: Recipe = {"num": 8192, "steps": 16, "shard": 4096, "batch_size": 4096}
+ROWS = 20
+WARM, TIMED = 10, 30
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is tried: a method, the name of its setting, and a teacher's name or file."""
+
+    method: str
+    setting: str
+    teacher: str
+
+
+@dataclass
+class Trial:
+    """A trained trainer with what it was trained on.
+
+    Args:
+        case: what was tried.
+        teacher: the closed-form teacher.
+        kind: of the student.
+        build: makes the trainer anew: keyword arguments go to it.
+        source: gives the batch of a step to a trainer.
+        point: what theory says of it.
+        trainer: the trained one.
+        seconds: of training.
+        rows: the log, as a run would have written it.
+    """
+
+    case: Case
+    teacher: Teacher
+    kind: Kind
+    build: Callable[..., Trainer]
+    source: Callable[[Trainer, int], Batch]
+    point: FixedPoint
+    trainer: Trainer
+    seconds: float = 0.0
+    rows: list[tuple[int, list[str], Tensor]] = field(default_factory=list)
+
+    @property
+    def affine(self) -> bool:
+        """Whether the student can hold the answer exactly."""
+        return self.kind != "network"
+
+
+def proofs(method: str) -> Mapping[str, Proof]:
+    """The settings in which a method is proven, by name."""
+    return find_trainer(method).proofs
+
+
+def run(case: Case, teacher: Teacher, seconds: float | None = None) -> Trial:
+    """Train a case to its end.
+
+    Args:
+        case: what to try.
+        teacher: the case's teacher, read.
+        seconds: how long the training may take about; its recipe's own number of steps if None.
+    """
+    proof = proofs(case.method)[case.setting]
+    cls = find_trainer(case.method)
+    point = _made(cls, teacher, proof, "table", {"steps": 100}).fixed_point
+    gaussian = teacher.kind == "gaussian"
+    kind: Kind = ("table" if point.kind == "map" else "smooth") if gaussian else "network"
+    recipe = (AFFINE if gaussian else NETWORK)[point.kind]
+    steps = round(recipe["steps"] * proof.effort)
+
+    def build(**keys: Any) -> Trainer:
+        own = {name: keys.pop(name) for name in ("rank", "world") if name in keys}
+        return _made(cls, teacher, proof, kind, {**_filled(recipe), "steps": steps, **keys}, **own)
+
+    with TemporaryDirectory() as folder:
+        source = sources(build(), teacher, Path(folder))
+        if seconds is not None:
+            steps = max(WARM, round(seconds / _step_seconds(build(), source)))
+        made = build()
+        trial = Trial(case, teacher, kind, build, source, made.fixed_point, made)
+        began, meter = time.monotonic(), Meter()
+        every = max(1, steps // ROWS)
+        for step in range(steps):
+            made.prepare(step)
+            meter.add(made.step(step, source(made, step)))
+            if (step + 1) % every == 0:
+                trial.rows.append((step + 1, *meter.means()))
+        trial.seconds = time.monotonic() - began
+    return trial
+
+
+def _filled(recipe: Recipe) -> Recipe:
+    optim = {"decay": "cosine", "clip": None, "betas": (0.0, 0.999)} | recipe["optim"]
+    critic = LAW_CRITIC | recipe.get("critic", {})
+    return {**SHARED, **recipe, "optim": optim, "critic": critic}
+
+
+def _made(
+    cls: type[Trainer], teacher: Teacher, proof: Proof, kind: Kind, recipe: Recipe, **own: Any
+) -> Trainer:
+    """A trainer of a setting; the recipe's keys that its config does not have are left out."""
+    known = cls.Config.model_fields
+    scratch = not known["teacher"].is_required()  # the network handed over is itself trained
+    oracle = copy.deepcopy(teacher.oracle).float()  # once, not at every call
+    keys = {name: value for name, value in recipe.items() if name in known} | dict(proof.keys)
+    keys |= {"method": cls.__module__.rpartition(".")[2], "run": "proof", "teacher": teacher.name}
+    if cls.needs == "pairs":
+        keys["pairs"] = PAIRS | keys.get("pairs", {})
+    if scratch:
+        fresh = begin(oracle, "network", fresh=True)
+        return cls(cls.Config(**keys), fresh, **own)
+    keys["guidance"] = teacher.guidance
+    return cls(cls.Config(**keys), oracle, initial=begin(oracle, kind), **own)
+
+
+def _step_seconds(made: Trainer, source: Callable[[Trainer, int], Batch]) -> float:
+    times = []
+    for step in range(WARM + TIMED):
+        began = time.monotonic()
+        made.step(step, source(made, step))
+        times.append(time.monotonic() - began)
+    return sorted(times[WARM:])[TIMED // 2]
+
+
+def sources(made: Trainer, teacher: Teacher, folder: Path) -> Callable[[Trainer, int], Batch]:
+    """What gives a step's batch: labels alone, samples of the law, or pairs of a real store."""
+    if made.needs == "labels":
+        return lambda trainer, step: trainer.batch(step)
+    if made.needs == "pairs":
+        return _pairs(made, folder)
+    return lambda trainer, step: _samples(trainer, step, teacher)
+
+
+def _samples(made: Trainer, step: int, teacher: Teacher) -> Batch:
+    index, rng = made.batch(step).index, Rng(made.config.seed + 1).at(step)
+    z = rng.normal("data", index, (teacher.mixture.dim,))
+    x, component = teacher.mixture.sample(z, rng.uniform("component", index))
+    label = None
+    if teacher.oracle.classes:
+        places = {one: k for k, one in enumerate(teacher.mixture.classes)}
+        label = torch.tensor([places[one] for one in teacher.mixture.labels])[component]
+    return made.batch(step, x.float(), label)
+
+
+def _pairs(made: Trainer, folder: Path) -> Callable[[Trainer, int], Batch]:
+    c: Any = made.config
+    oracle = made.teacher
+    plan = PairPlan(
+        teacher="oracle",
+        precision="fp32",
+        steps=c.pairs.steps,
+        guidance=c.guidance,
+        num=c.pairs.num,
+        seed=c.pairs.seed,
+        shape=oracle.sample_shape,
+        classes=len(oracle.classes),
+        shard=c.pairs.shard,
+    )
+    grid = uniform_grid(oracle.process, c.pairs.steps)
+
+    def draw(z: Tensor, cond: Cond) -> Tensor:
+        with torch.no_grad():
+            return sample(oracle, z, grid, cond, guidance=c.guidance)
+
+    make_pairs(folder, plan, draw, batch_size=c.pairs.batch_size, told=lambda count: None)
+    store = PairStore(folder, plan)
+
+    def batch(trainer: Trainer, step: int) -> Batch:
+        size, seed = trainer.config.batch_size, trainer.config.seed
+        part = share(size, trainer.rank, trainer.world)
+        z, x, label = store.batch(step, size, seed, part, trainer.device)
+        return trainer.batch(step, x, label, z)
+
+    return batch

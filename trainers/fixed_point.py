@@ -1,0 +1,47 @@
+"""What theory says a method reaches: declared beside its code, held against runs by ``prove``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from stepdistill.diffusion.timesteps import Grid
+
+
+@dataclass(frozen=True)
+class FixedPoint:
+    """Where a converged student stands, on a teacher in closed form.
+
+    Args:
+        kind: "map": every noise has its own image, the end of the teacher's walk; "law": only the
+            distribution of the images is given; "field": the network is the exact denoiser.
+        follow: for maps, the times by which the teacher is walked from a time on, down to 0. The
+            student inherits the bias of these steps, whole.
+        solver: of the walk.
+        straight: the student's own paths are straight: one step lands where many do.
+        levels: noise levels, beside 0, at which the student's states have the noised data's law.
+        covers: no mode of the data may be lost on the way there.
+    """
+
+    kind: Literal["map", "law", "field"]
+    follow: Callable[[float], Grid] | None = None
+    solver: Literal["euler", "heun"] = "euler"
+    straight: bool = False
+    levels: tuple[float, ...] = ()
+    covers: bool = False
+
+
+@dataclass(frozen=True)
+class Proof:
+    """A setting in which a method is proven.
+
+    Args:
+        teachers: closed-form teachers that ``prove`` takes where none is named.
+        keys: config keys, over the recipe of the fixed point's kind.
+        effort: training steps, as a multiple of that recipe's.
+    """
+
+    teachers: tuple[str, ...]
+    keys: Mapping[str, Any] = field(default_factory=dict)
+    effort: float = 1.0

@@ -8,7 +8,7 @@ READY := $(VENV)/.stamp
 WHEEL := build/types
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types clean
+.PHONY: help demo proof test lint format types clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -18,6 +18,10 @@ demo: $(READY)  ## distil the digits teacher by every method; leaves out/demo/re
 
 test: lint types  ## everything that CI checks: lint, types of the built wheel, tests
 	$(BIN)/python -m pytest -q
+
+proof: $(READY)  ## prove every method on closed-form teachers; rewrites docs/PROOF.md
+	$(BIN)/stepdistill prove --all --json out/proof/rows.json --markdown docs/PROOF.md \
+	  --bands out/proof/healthy.json --overwrite
 
 lint: $(READY)  ## ruff, formatting, spelling
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -66,6 +67,58 @@ def train(config: Config, overrides: Overrides = None) -> None:
     from stepdistill.commands.train import train as run
 
     _show(run(config, overrides or ()))
+
+
+@app.command()
+def prove(
+    method: Annotated[
+        list[str] | None, typer.Option(help="a method to prove (may be repeated)")
+    ] = None,
+    all_methods: Annotated[bool, typer.Option("--all", help="prove every method")] = False,
+    setting: Annotated[
+        list[str] | None, typer.Option(help="only these of a method's settings (may be repeated)")
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            help="gaussian, gmm1d, gmm2d, classes or a mixture's YAML file; each setting's own if "
+            "left out"
+        ),
+    ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(help="seconds of all training, about; its full length if left out", min=1),
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="write the rows to this file")] = None,
+    out: Annotated[Path, typer.Option(help="folder of report.html")] = Path("out/proof"),
+    markdown: Annotated[
+        Path | None, typer.Option(help="write the tables to this file, as Markdown")
+    ] = None,
+    bands: Annotated[
+        Path | None, typer.Option(help="write the healthy bands that the runs teach to this file")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="trainings at a time; one a core if left out", min=1)
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="replace files that are there")] = False,
+) -> None:
+    """Train methods on teachers in closed form and hold them to what theory says they reach."""
+    if bool(method) == all_methods:
+        raise UserError("prove: name methods by --method, or all of them by --all")
+    from stepdistill.commands.prove import prove as run
+
+    run(
+        method or (),
+        settings=setting or (),
+        teacher=teacher,
+        budget=budget,
+        json_file=json,
+        out=out,
+        markdown=markdown,
+        bands_file=bands,
+        workers=workers,
+        overwrite=overwrite,
+    )
 
 
 @app.command()
@@ -192,6 +245,18 @@ def schema(method: Annotated[str, typer.Argument(help="a method")]) -> None:
 
 
 @app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="folder of a run, finished or not")],
+    out: Annotated[Path | None, typer.Option(help="the page; RUN/report.html if left out")] = None,
+    overwrite: Annotated[bool, typer.Option(help="replace a page that is there")] = False,
+) -> None:
+    """Write a run's page: its facts, samples, curves, and ratios against their healthy bands."""
+    from stepdistill.commands.run_report import report as write
+
+    print(write(run, out, overwrite=overwrite))
+
+
+@app.command()
 def doctor() -> None:
     """Say what this machine has and what will not work on it."""
     from stepdistill.commands.doctor import doctor as run
@@ -222,6 +287,7 @@ def _root(
         print(context.get_help())
 
 
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)  # needs no name to be understood
 Misuse: Any = typer.BadParameter.__base__  # click's UsageError, by whatever name typer has it
 
 
@@ -242,9 +308,10 @@ def guarded(call: Callable[[], object]) -> int:
         print(f"stepdistill: {' '.join(str(error).split())}", file=sys.stderr)
         return error.code
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno not in DISK:
             raise
-        print(f"stepdistill: {error.filename}: {error.strerror}", file=sys.stderr)
+        where = f"{error.filename}: " if error.filename is not None else ""
+        print(f"stepdistill: {where}{error.strerror}", file=sys.stderr)
         return 2
     except Misuse as error:
         place = error.ctx.command_path if error.ctx else "stepdistill"

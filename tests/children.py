@@ -18,11 +18,17 @@ from multiprocessing import forkserver
 from pathlib import Path
 from unittest import mock
 
+from tests import bugs, faults, kills
+from tests.bugs import BUG
+from tests.faults import FAULT
+from tests.kills import KILL
+
 PRELOAD = (
     "stepdistill.commands.train",
     "stepdistill.commands.export",
     "stepdistill.commands.evaluate",
     "stepdistill.commands.sample",
+    "stepdistill.commands.prove",
     "diffusers.models.transformers.dit_transformer_2d",
     "diffusers.models.unets.unet_2d",
     "diffusers.pipelines.pipeline_utils",
@@ -94,6 +100,12 @@ def _command(args: list[str], folder: Path, out: Path, err: Path, env: dict[str,
         os.dup2(handle, stream)
         os.close(handle)
     sys.argv = ["stepdistill", *args]
+    if KILL in os.environ:
+        kills.install(os.environ[KILL])
+    if FAULT in os.environ:
+        faults.install(os.environ[FAULT])
+    if BUG in os.environ:
+        bugs.plant(os.environ[BUG])
 
     from stepdistill.cli import main
 
@@ -105,15 +117,29 @@ def stepdistill(*args: str, folder: Path, env: Mapping[str, str] | None = None) 
     return Child(args, folder, env).wait()
 
 
-def ranks(args: Sequence[str], folder: Path, world: int = 2) -> list[Child]:
-    """The same command in ``world`` processes of one job on the CPU, as torchrun starts them."""
+def ranks(
+    args: Sequence[str],
+    folder: Path,
+    world: int = 2,
+    kill: Mapping[int, str] | None = None,
+    fault: str | None = None,
+) -> list[Child]:
+    """The same command in ``world`` processes of one job on the CPU, as torchrun starts them.
+
+    ``kill`` names, by rank, the boundary at which a process kills itself (see tests.kills), and
+    ``fault`` what breaks in all of them (see tests.faults).
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "1"}
     size = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    job |= {FAULT: fault} if fault else {}
+    own = [{KILL: kill[rank]} if kill and rank in kill else {} for rank in range(world)]
     return [
-        Child(args, folder, {**job, **size, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        Child(
+            args, folder, {**job, **size, **own[rank], "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        )
         for rank in range(world)
     ]
 

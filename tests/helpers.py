@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -43,8 +44,15 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "reflow": {"huber": {}},
     "sim": {"score": {}, "full": {"form": "full", "guidance": 1.5, "critic_steps": 2}},
 }
-"""Settings of the contract tests: method -> variant -> config keys. A method that is not named
-here is tested with its defaults."""
+"""Settings of the contract tests beside those of a trainer's proofs: method -> variant -> config
+keys. Of two that have one name it is these."""
+
+
+def cases(method: str) -> dict[str, dict[str, Any]]:
+    """The variants in which a method is tested: its proofs', and those of :data:`VARIANTS`; its
+    defaults where there are none."""
+    own = {name: dict(proof.keys) for name, proof in trainer(method).proofs.items()}
+    return own | VARIANTS.get(method, {}) or {"default": {}}
 
 
 def scaled_linear() -> Tensor:
@@ -147,12 +155,20 @@ def dit_teacher() -> Denoiser:
     return Denoiser(net, RF(), "velocity", classes=("a", "b", "c"), null_label=3)
 
 
-def make(method: str, teacher: Denoiser, *, rank: int = 0, world: int = 1, **keys: Any) -> Trainer:
+def make(
+    method: str,
+    teacher: Denoiser,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    **keys: Any,
+) -> Trainer:
     """The trainer of a method; six steps of a batch of eight unless said otherwise."""
     cls = trainer(method)
     keys = {"run": "unused", "teacher": "unused", "steps": 6, "batch_size": 8, **keys}
     config = cls.Config(**{"method": method, **keys})
-    return cls(config, teacher, rank=rank, world=world)
+    return cls(config, teacher, rank=rank, world=world, autocast=autocast)
 
 
 def batch_of(made: Trainer, step: int) -> Batch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -42,8 +43,14 @@ def test_what_is_saved_comes_back_bit_for_bit(tmp_path) -> None:
     assert path == tmp_path / "checkpoints" / "step-0000012"
     listed = {"critic.safetensors", "student.safetensors", STATE}
     assert {file.name for file in path.iterdir()} == listed | {MARK}
-    sizes = json.loads((path / MARK).read_text())
-    assert sizes == {name: (path / name).stat().st_size for name in listed}
+    mark = json.loads((path / MARK).read_text())
+    assert mark == {
+        name: {
+            "bytes": (path / name).stat().st_size,
+            "sha256": hashlib.sha256((path / name).read_bytes()).hexdigest(),
+        }
+        for name in listed
+    }
     saved = checkpoint.load(path)
     assert saved.step == 12
     assert {key: saved.meta[key] for key in META} == META
@@ -112,8 +119,29 @@ def test_the_newest_of_none(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("name", ["student.safetensors", STATE])
-def test_damage_that_keeps_the_size_is_one_line_too(tmp_path, name) -> None:
+def test_damage_that_keeps_the_size_is_passed_over_too(tmp_path, name) -> None:
+    """One bit among the weights loads without a word; its hash tells."""
+    good, path = save(tmp_path, 1), save(tmp_path, 2)
+    content = bytearray((path / name).read_bytes())
+    content[-3] ^= 1
+    (path / name).write_bytes(content)
+    assert checkpoint.problem(path) is None  # by sizes alone
+    said: list[str] = []
+    assert checkpoint.newest(tmp_path, said.append) == good
+    why = f"{name} is damaged: its content is not what was written"
+    assert said == [f"passed over checkpoint step-0000002: {why}"]
+    with pytest.raises(UserError, match=f"checkpoint {path}: {why}; resume=auto takes"):
+        checkpoint.load(path)
+
+
+@pytest.mark.parametrize("name", ["student.safetensors", STATE])
+def test_marks_without_hashes_still_load(tmp_path, name) -> None:
+    """As earlier versions wrote them; damage that cannot be read is one line there too."""
     path = save(tmp_path, 1)
+    sizes = {file.name: file.stat().st_size for file in path.iterdir() if file.name != MARK}
+    (path / MARK).write_text(json.dumps(sizes))
+    assert checkpoint.newest(tmp_path, print) == path
+    assert checkpoint.load(path).step == 1
     damage(path / name)
     with pytest.raises(UserError, match=f"checkpoint {path}: damaged: ") as caught:
         checkpoint.load(path)

@@ -8,23 +8,28 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from stepdistill.run import checkpoint
+from tests import recipes
 from tests.children import ALONE, Done, losses, ranks, rows, stepdistill, weights
+from tests.recipes import METHODS
 
-METHODS = ("sim", "dmd", "phased_dmd", "consistency", "reflow")
-SMALL = "steps=6 batch_size=64 log.every_steps=1 log.tensorboard=false sample.every_steps=0".split()
-SMALL += "eval.every_steps=0 checkpoint.every_steps=2".split()
-PAIRS = "pairs.num=100 pairs.steps=2 pairs.shard=16".split()
+KILLS = {  # in this order in one job: boundary -> whether both die there, or the first alone
+    "shard:2": False,
+    "turn:1": True,
+    "files:2": False,
+    "phase": True,
+    "turn:4": False,
+    "mark:6": True,
+}
 
 
 def command(method: str, run: str, *more: str) -> list[str]:
-    pairs = PAIRS if method == "reflow" else []
-    return ["train", f"{method}-digits", f"run={run}", *SMALL, *pairs, *more]
+    """A short run on batches that are large enough for the means of two halves."""
+    return recipes.command(method, run, "batch_size=64", *more)
 
 
 def job(folder: Path, method: str, run: str, *more: str) -> list[Done]:
@@ -78,10 +83,9 @@ def test_two_processes_have_the_curve_of_one(folder, pair, method) -> None:
     assert [row["step"] for row in one] == [row["step"] for row in two]
     entries = {path.name for path in pair[method].iterdir()}
     assert entries == {path.name for path in (folder / f"one-{method}").iterdir()}
-    if method == "reflow":  # made by the two together
-        stores = [run / "pairs" for run in (pair[method], folder / "one-reflow")]
-        made = [{path.name: path.read_bytes() for path in store.iterdir()} for store in stores]
-        assert made[0] == made[1]
+    stores = [run / "pairs" for run in (pair[method], folder / f"one-{method}")]
+    made = [{path.name: path.read_bytes() for path in store.glob("*")} for store in stores]
+    assert made[0] == made[1]  # by the two together
 
 
 def test_no_step_is_taken_on_rounding(pair) -> None:
@@ -99,24 +103,39 @@ def test_the_halves_are_not_the_same_half(folder, pair) -> None:
         same_curve(folder / "half", pair["consistency"])
 
 
-@pytest.mark.parametrize("method", ["phased_dmd", "consistency"])
-def test_a_killed_job_resumed_ends_the_same(folder, pair, method) -> None:
-    """All processes die at once, before and after a phase border; bit for bit."""
+def boundaries_of(run: Path) -> list[str]:
+    """Those that a method comes to: with other players in time, or with pairs, it has more."""
+    students = len(list(run.glob("student*")))
+    return [
+        name
+        for name in KILLS
+        if (students > 1 or name != "phase")
+        and ((run / "pairs").exists() or not name.startswith("shard"))
+    ]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_job_killed_at_every_boundary_and_resumed_ends_the_same(folder, pair, method) -> None:
+    """Both processes die at once, or the first alone and then, by the launcher, the other; what
+    the job ends with is the uninterrupted one's, to the bit."""
     run = f"killed-{method}"
-    for row in (2, 5):
-        children = ranks(command(method, run, "resume=auto"), folder)
-        children[0].when(lambda row=row: len(rows(folder / run)) >= row)
-        time.sleep(0.01 * row)
-        for child in children:
-            child.signal(signal.SIGKILL)
-        assert {child.wait().code for child in children} <= {-signal.SIGKILL, 0}
+    for boundary in boundaries_of(pair[method]):
+        kill = dict.fromkeys((0, 1) if KILLS[boundary] else (0,), boundary)
+        first, second = ranks(command(method, run, "resume=auto"), folder, kill=kill)
+        codes = [first.wait().code]
+        second.process.kill()
+        codes.append(second.wait(10).code)
+        assert -signal.SIGKILL in codes and 0 not in codes, boundary
+        assert KILLS[boundary] or codes[0] == -signal.SIGKILL, boundary
+        assert not (folder / run / "student").exists()
     done = job(folder, method, run, "resume=auto")
-    assert [one.code for one in done] == [0, 0]
+    assert [one.code for one in done] == [0, 0], done
     assert weights(folder / run) == weights(pair[method])
-    newest = checkpoint.found(folder / run / "checkpoints")[0]
-    for path in newest.glob("*.safetensors"):
-        other = pair[method] / "checkpoints" / newest.name / path.name
-        assert path.read_bytes() == other.read_bytes()
+    assert losses(folder / run) == losses(pair[method])
+    for part in ("checkpoints/step-0000006/*.safetensors", "pairs/*"):
+        ours, theirs = (sorted(where.glob(part)) for where in (folder / run, pair[method]))
+        assert [path.name for path in ours] == [path.name for path in theirs]
+        assert all(a.read_bytes() == b.read_bytes() for a, b in zip(ours, theirs, strict=True))
 
 
 def test_a_signal_to_all_saves_once_and_resumes(folder, pair) -> None:

@@ -26,6 +26,7 @@ from stepdistill.losses.regression import clip_through
 from stepdistill.run.errors import UserError
 from stepdistill.run.player import OptimConfig, Player
 from stepdistill.run.rng import Rng
+from stepdistill.trainers.fixed_point import FixedPoint, Proof
 from stepdistill.trainers.settings import TrainConfig
 
 
@@ -89,6 +90,7 @@ class Trainer(ABC):
     noise: NoiseSource = "predicted"
     sizes: tuple[int, ...] = (1,)
     clips: ClassVar[bool] = False
+    proofs: ClassVar[Mapping[str, Proof]] = {}
 
     def __init__(
         self,
@@ -134,6 +136,11 @@ class Trainer(ABC):
     @abstractmethod
     def passes(self) -> list[Pass]:
         """Network passes of one step, by role."""
+
+    @property
+    @abstractmethod
+    def fixed_point(self) -> FixedPoint:
+        """Where the method's student converges to; ``stepdistill prove`` holds it to that."""
 
     def grids(self) -> dict[int, Grid]:
         """Times that the student samples on, by number of steps; baked into its export."""

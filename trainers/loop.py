@@ -15,15 +15,22 @@ import torch
 from torch import Tensor
 
 from stepdistill.data.batch import Batch
-from stepdistill.run import checkpoint
+from stepdistill.run import bands, checkpoint
 from stepdistill.run.config import digest, dump
 from stepdistill.run.errors import Stopped, UserError
-from stepdistill.run.files import whole_folder, write_text
-from stepdistill.run.health import Health
+from stepdistill.run.files import told, whole_folder, write_text
+from stepdistill.run.health import Divergence, Health, NotFinite
 from stepdistill.run.log import Log, Meter, peak_memory_bytes
+from stepdistill.run.ratios import figures
+from stepdistill.run.together import together
+from stepdistill.run.versions import versions
 from stepdistill.trainers.base import Trainer
+from stepdistill.trainers.culprit import culprit
 
-FREE_KEYS = ("run", "steps", "log", "sample", "eval", "checkpoint", "resume", "device", "data")
+FREE_KEYS = ("run", "steps", "log", "sample", "eval", "checkpoint", "resume", "device", "data") + (
+    "health",
+)
+TUNED_KEYS = ("optim", "critic", "critic_steps")  # free where a new run starts from a checkpoint
 
 
 class Ranks(Protocol):
@@ -81,6 +88,10 @@ class Loop:
         self.folder = self.run / "checkpoints"
         self.main = ranks.rank == 0
         self.health = Health()
+        c = self.config.health
+        self.divergence = Divergence(c.factor, c.rows)
+        known = bands.BY_HAND | bands.load().get(self.config.method, {}) if c.warn else {}
+        self.watchman = bands.Watchman(known, c.rows, trainer.students()[-1].total)
         self.best: dict[str, Any] = {}
         self.signal: int | None = None
 
@@ -92,23 +103,39 @@ class Loop:
         """
         resume = self.config.resume
         source: Path | None = None
-        if resume == "auto":
+        auto = resume == "auto"
+        if auto:
             source = checkpoint.newest(self.folder, self.watcher.say)
         elif resume != "never":
             source = Path(resume)
         own = source is not None and source.resolve().parent == self.folder.resolve()
         if not own:
             self._refuse_taken()
-        step = self._restore(source) if source else 0
+        step = self._restore(source, own=own, checked=auto) if source else 0
         self.ranks.wait()
-        if self.main:
-            self.run.mkdir(parents=True, exist_ok=True)
-            if own:
-                checkpoint.drop_after(self.folder, step, self.watcher.say)
-            write_text(
-                self.run / "config.yaml", f"# sha256 {digest(self.config)}\n{dump(self.config)}"
-            )
+        with self._writing(f"run={self.run}"):
+            if self.main:
+                self.run.mkdir(parents=True, exist_ok=True)
+                if own:
+                    checkpoint.drop_after(self.folder, step, self.watcher.say)
+                head = f"# sha256 {digest(self.config)}\n# {versions()}\n"
+                write_text(self.run / "config.yaml", head + dump(self.config))
         return step
+
+    @contextmanager
+    def _writing(self, what: str) -> Iterator[None]:
+        """A block in which the first process writes; if it cannot, all end with what to do."""
+        with together(self.ranks.mean), told(what, self._mend):
+            yield
+
+    def _mend(self) -> str:
+        kept = self._kept()
+        then = f"resume=auto goes on from {kept[0].name}" if kept else "start again"
+        return f"see that the disk has room and can be written to, then {then}"
+
+    def _kept(self) -> list[Path]:
+        """Complete checkpoints, newest first."""
+        return [p for p in checkpoint.found(self.folder) if checkpoint.problem(p) is None]
 
     def _refuse_taken(self) -> None:
         """Stop before a run that is not continued is written over."""
@@ -127,10 +154,12 @@ class Loop:
             "or choose another folder"
         )
 
-    def _restore(self, source: Path) -> int:
-        saved = checkpoint.load(source)
+    def _restore(self, source: Path, *, own: bool, checked: bool) -> int:
+        saved = checkpoint.load(source, checked=checked)
         old, new = saved.meta["config"], self.config.model_dump(mode="json")
         changed = [k for k in new if k not in FREE_KEYS and old.get(k) != new[k]]
+        tuned = [] if own else [k for k in changed if k in TUNED_KEYS]
+        changed = [k for k in changed if k not in tuned]
         if changed:
             raise UserError(
                 f"checkpoint {source} was made with other settings of {', '.join(changed)}; "
@@ -144,37 +173,39 @@ class Loop:
         self.trainer.load_state(saved.step, saved.tensors, saved.meta["updates"])
         self.health = Health(saved.meta["skipped"])
         self.best = saved.meta["best"]
-        self.watcher.say(f"resumed from {source.name}")
+        self.watchman.said = list(saved.meta.get("warned", ()))
+        other = f" with other settings of {', '.join(tuned)}" if tuned else ""
+        self.watcher.say(f"resumed from {source.name}{other}")
         return saved.step
 
     def save(self, step: int) -> None:
         """Write a checkpoint, keep the newest few and the best."""
         self.health.look(wait=True)
         name = f"step-{step:07d}"
-        if self.main and checkpoint.problem(self.folder / name) is not None:
-            meta = {
-                "config": self.config.model_dump(mode="json"),
-                "updates": {n: p.updates for n, p in self.trainer.players.items()},
-                "skipped": self.health.skipped,
-                "best": self.best,
-            }
-            checkpoint.save(self.folder, step, self.trainer.state(), meta)
-            checkpoint.prune(self.folder, self.config.checkpoint.keep, self.best.get("name"))
-        self.ranks.wait()
+        with self._writing(f"checkpoint {name}"):
+            if self.main and checkpoint.problem(self.folder / name) is not None:
+                meta = {
+                    "config": self.config.model_dump(mode="json"),
+                    "updates": {n: p.updates for n, p in self.trainer.players.items()},
+                    "skipped": self.health.skipped,
+                    "best": self.best,
+                    "warned": self.watchman.said,
+                }
+                checkpoint.save(self.folder, step, self.trainer.state(), meta)
+                checkpoint.prune(self.folder, self.config.checkpoint.keep, self.best.get("name"))
 
     def finish(self) -> None:
         """Save the averaged student as diffusers module folders: RUN/student, RUN/student_2."""
-        if self.main:
-            for left in self.run.glob(".student*"):  # by a run that was killed right here
+        with self._writing("the student"):
+            for left in self.run.glob(".student*") if self.main else ():  # of a run killed here
                 shutil.rmtree(left)
-            for name, player in self.trainer.players.items():
+            for name, player in self.trainer.players.items() if self.main else ():
                 if name.startswith("student"):
                     with whole_folder(self.run / name) as temp:
                         net: Any = player.best.net
                         net.save_pretrained(temp, safe_serialization=True)
                         for weights in temp.glob("*.safetensors"):  # as readable as the rest
                             weights.chmod((temp / "config.json").stat().st_mode)
-        self.ranks.wait()
 
     def fit(self) -> None:
         """Train from where :meth:`start` says to the end.
@@ -183,8 +214,10 @@ class Loop:
             Stopped: a signal arrived; the state was saved.
             UserError: the run cannot go on.
         """
-        c, first = self.config, self.start()
-        log = Log(self.run, step=first, tensorboard=c.log.tensorboard) if self.main else None
+        c, first, log = self.config, self.start(), None
+        with self._writing("log.jsonl"):
+            if self.main:
+                log = Log(self.run, step=first, tensorboard=c.log.tensorboard)
         try:
             batches = self.batches(first)
             self.watcher.start(first, c.steps)
@@ -192,8 +225,12 @@ class Loop:
                 self._steps(first, batches, log)
         finally:
             if log:
-                log.close()
-        self.finish()
+                with told("log.jsonl", self._mend):
+                    log.close()
+        with self._signals():
+            self.finish()
+        if self.signal:
+            raise Stopped(self.signal)
 
     def _steps(self, first: int, batches: Iterator[Batch], log: Log | None) -> None:
         c, meter = self.config, Meter()
@@ -202,7 +239,7 @@ class Loop:
             self.trainer.prepare(step)
             batch = next(batches)
             meter.add(self.trainer.step(step, batch))
-            self.health.note(self.trainer.players.values(), step)
+            self._note(step, batch)
             images += c.batch_size
             done = step + 1
             at_row = done % c.log.every_steps == 0 or done == c.steps
@@ -218,28 +255,68 @@ class Loop:
 
     def _row(self, done: int, meter: Meter, log: Log | None, rate: float) -> None:
         names, values = meter.means()
-        losses = dict(zip(names, self.ranks.mean(values).tolist(), strict=True))
-        if log:
-            log.row(
-                done,
-                {
-                    "images_per_second": round(rate, 1),
-                    "losses": losses,
-                    "skipped": sum(self.health.skipped.values()),
-                    "memory_bytes": peak_memory_bytes(),
-                },
-            )
+        losses = figures(dict(zip(names, self.ranks.mean(values).tolist(), strict=True)))
+        share = self.health.share()
+        with self._writing("log.jsonl"):
+            if log:
+                log.row(
+                    done,
+                    {
+                        "images_per_second": round(rate, 1),
+                        "losses": losses,
+                        "skipped": sum(self.health.skipped.values()),
+                        "skipped_share": share,
+                        "memory_bytes": peak_memory_bytes(),
+                    },
+                )
         self.watcher.progress(done, losses, rate)
+        for line in self.watchman.look(done, losses | {"skipped_share": share}):
+            self.watcher.say(line)
+        found = self.divergence.look(done, losses, skipped=share > 0)
+        if found:
+            self._diverged(done, found)
+
+    def _diverged(self, done: int, found: str) -> None:
+        """Stop, or say it, with where to go on from and what to change."""
+        before = [p for p in self._kept() if p.name <= f"step-{self.divergence.calm:07d}"]
+        source = f" resume={before[0]}" if before else ""
+        line = (
+            f"step {done}: {found}: the fake score diverges since step {self.divergence.calm}. Go "
+            f"on from before it in a new folder, run=NEW{source}, with a smaller critic.lr, "
+            "critic.clip=1 or a longer critic.warmup_steps"
+        )
+        if self.config.health.on_divergence == "stop":
+            raise UserError(f"{line}; health.on_divergence=warn lets it run")
+        self.watcher.say(line)
+
+    def _note(self, step: int, batch: Batch) -> None:
+        """Look for skipped updates; say where the first one came from."""
+        first = not self.health.skipped
+        try:
+            self.health.note(self.trainer.players.values(), step)
+        except NotFinite as error:
+            found = culprit(self.trainer, step, batch)
+            if found is None:
+                raise
+            raise UserError(f"{error.what}; {found}") from error
+        if first and self.health.latest:
+            at, player = self.health.latest
+            found = culprit(self.trainer, step, batch) or "batch and teacher are finite"
+            here = " (in the first process)" if self.ranks.world > 1 else ""
+            self.watcher.say(f"step {at}: skipped an update of the {player}: {found}{here}")
 
     def _look(self, done: int, log: Log | None) -> bool:
         """Pictures and figures where they are due; True if the student was never better."""
         if not self.watcher.due(done):
             return False
-        figures = self.watcher.look(self.trainer, done) if log else {}
-        value = next(iter(figures.values()), float("inf"))
+        judged: dict[str, float] = {}
+        with self._writing(f"the samples or figures of step {done}"):
+            if log:
+                judged = self.watcher.look(self.trainer, done)
+            if judged and log:
+                log.row(done, {"eval": judged})
+        value = next(iter(judged.values()), float("inf"))
         better = value < self.best.get("value", float("inf"))
-        if figures and log:
-            log.row(done, {"eval": figures})
         if better:
             self.best = {"name": f"step-{done:07d}", "value": value}
         return bool(self.ranks.mean(torch.tensor(float(better))) > 0)
@@ -259,7 +336,7 @@ class Loop:
     @contextmanager
     def _signals(self) -> Iterator[None]:
         def note(number: int, _: FrameType | None) -> None:
-            self.signal = number
+            self.signal = self.signal or number
 
         old = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
         try:

@@ -56,6 +56,21 @@ class CheckpointConfig(Section):
     keep: int = Field(2, ge=1, description="newest checkpoints to keep, besides the best")
 
 
+class HealthConfig(Section):
+    """What is made of a run that goes wrong, seen from the rows of its log."""
+
+    on_divergence: Literal["stop", "warn"] = Field(
+        "stop", description="what a fake score that grows without bound leads to"
+    )
+    factor: float = Field(
+        100.0, gt=1, description="how many times its lowest mean its loss or gradient may reach"
+    )
+    rows: int = Field(
+        5, ge=1, description="rows of that mean; rows outside a healthy band before it is said"
+    )
+    warn: bool = Field(True, description="say once when a ratio stays outside its healthy band")
+
+
 class TrainConfig(Section):
     """One training run."""
 
@@ -88,6 +103,7 @@ class TrainConfig(Section):
     checkpoint: CheckpointConfig = Field(
         default_factory=CheckpointConfig, description="what is kept"
     )
+    health: HealthConfig = Field(default_factory=HealthConfig, description="divergence, warnings")
     resume: str = Field("never", description="never, auto, or the path of a checkpoint")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of the networks' passes")
     compile: bool = Field(False, description="run networks in training through torch.compile")

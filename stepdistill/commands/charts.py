@@ -104,8 +104,10 @@ def time_chart(
     among: Sequence[float] = (),
     reference: tuple[str, float] | None = None,
     measured: bool = False,
+    unit: str = "seconds",
+    band: tuple[float, float] | None = None,
 ) -> str:
-    """A line over seconds of training.
+    """A line over seconds of training, or over steps.
 
     Args:
         series: the line; values that are not finite are left out.
@@ -115,15 +117,18 @@ def time_chart(
         reference: label and height of a dashed line.
         measured: every point is a measurement and gets a dot; else the line is noisy and gets its
             running mean on top.
+        unit: of the axis: seconds or steps.
+        band: lowest and highest value of the area behind the line.
     """
     points = finite(series.points)
     width, height = 400.0, 220.0
     if not points:
         return _svg(f"{what} of {series.name}: not measured", width, height, [_nothing(width)])
     x = Scale(0.0, seconds if seconds > 0 else 1.0, 46.0, width - 50)
-    y = fit([value for _, value in points] + list(among), height - 40, 14.0)
-    parts = _axes(x, y, "seconds of training")
-    name = f"{what} of {series.name} over seconds of training: "
+    y = fit([value for _, value in points] + list(among) + list(band or ()), height - 40, 14.0)
+    parts = [] if band is None else [_area(x, y, band)]
+    parts += _axes(x, y, f"{unit} of training")
+    name = f"{what} of {series.name} over {unit} of training: "
     name += f"{number(points[0][1])} at first, {number(points[-1][1])} at the end"
     if reference is not None and y.low <= reference[1] <= y.high:
         height_there = y(reference[1])
@@ -135,7 +140,8 @@ def time_chart(
         parts.append(_path(points, x, y, "raw"))
     parts.append(_path(bold, x, y, "line"))
     dots = points if measured else bold[-1:]
-    parts += [_dot(x(at), y(value), f"{number(value)} at {at:.0f} s") for at, value in dots]
+    short = "s" if unit == "seconds" else unit
+    parts += [_dot(x(at), y(value), f"{number(value)} at {at:.0f} {short}") for at, value in dots]
     at, value = bold[-1]
     parts.append(_text(x(at) + 8, y(value) + 4, number(value), "value"))
     return _svg(name, width, height, parts, series.colour)
@@ -296,6 +302,13 @@ def _path(points: Sequence[Point], x: Scale, y: Scale, kind: str) -> str:
 def _dot(x: float, y: float, title: str, radius: float = 3.2) -> str:
     title = f"<title>{escape(title)}</title>"
     return f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="{radius:g}">{title}</circle>'
+
+
+def _area(x: Scale, y: Scale, band: tuple[float, float]) -> str:
+    top, bottom = y(band[1]), y(max(band[0], y.low))
+    title = f"<title>healthy: {number(band[0])} to {number(band[1])}</title>"
+    ends = f"M{x.start:.1f} {top:.1f}H{x.stop:.1f}V{bottom:.1f}H{x.start:.1f}Z"
+    return f'<path class="band" d="{ends}">{title}</path>'
 
 
 def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:

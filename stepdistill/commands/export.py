@@ -21,6 +21,7 @@ from stepdistill.pipelines.verify import VerificationError, noise_from_seeds, ve
 from stepdistill.run.assets import load_teacher
 from stepdistill.run.errors import UserError
 from stepdistill.run.log import read_rows
+from stepdistill.run.player import difference
 from stepdistill.trainers.base import Trainer
 
 SEEDS = tuple(range(8))
@@ -135,6 +136,12 @@ def finished(run: Path) -> Trainer:
         if name.startswith("student"):
             net: Any = type(player.denoiser.net)
             loaded = net.from_pretrained(run / name, use_safetensors=True)
+            other = difference(loaded.state_dict(), player.best.net.state_dict())
+            if other is not None:
+                raise UserError(
+                    f"{run / name} is another network than teacher={config.teacher} is now: "
+                    f"{other}; set the teacher back to what it was"
+                )
             player.best.net.load_state_dict(loaded.state_dict())
     return trainer
 

@@ -20,6 +20,7 @@ from stepdistill.diffusion.sampler import sample
 from stepdistill.diffusion.timesteps import uniform_grid
 from stepdistill.run.errors import UserError
 from stepdistill.run.ranks import Processes
+from stepdistill.run.together import together
 from stepdistill.trainers.flow.reflow import ReflowConfig
 
 
@@ -74,16 +75,16 @@ def make(config: ReflowConfig, teacher: Denoiser, processes: Processes, watch: W
         done += count * processes.world
         watch.pairs(min(done, plan.num), plan.num, time.monotonic() - began)
 
-    make_pairs(
-        root,
-        plan,
-        draw,
-        batch_size=config.pairs.batch_size,
-        told=told,
-        rank=processes.rank,
-        world=processes.world,
-    )
-    processes.wait()
+    with together(processes.mean):
+        make_pairs(
+            root,
+            plan,
+            draw,
+            batch_size=config.pairs.batch_size,
+            told=told,
+            rank=processes.rank,
+            world=processes.world,
+        )
     return root
 
 

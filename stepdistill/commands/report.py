@@ -12,7 +12,7 @@ from typing import Any
 
 from stepdistill.commands import charts
 from stepdistill.commands.charts import Point, Series, count, number, squares
-from stepdistill.commands.report_style import STYLE
+from stepdistill.commands.report_style import html_page
 from stepdistill.commands.report_table import Figures, known, results_table, times
 from stepdistill.run.errors import UserError
 from stepdistill.run.files import write_text
@@ -86,19 +86,11 @@ def write_report(
     body = [
         _header(title, intro, figures, colours),
         results_table(figures, colours),
-        _grids(grids),
+        grids_section(grids),
         _curves(curves, figures, colours),
-        _facts(facts),
+        facts_section(facts),
     ]
-    write_text(
-        path,
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(part for part in body if part)
-        + "\n</main>\n</body>\n</html>\n",
-    )
+    write_text(path, html_page(title, "\n".join(part for part in body if part)))
 
 
 def _header(title: str, intro: str, figures: Figures, colours: Mapping[str, str]) -> str:
@@ -143,7 +135,16 @@ def _ladders(figures: Figures, colours: Mapping[str, str]) -> str:
     return f'<div class="wide">{wide}</div><div class="narrow">{narrow}</div>'
 
 
-def _grids(grids: Sequence[Grid]) -> str:
+def grids_section(
+    grids: Sequence[Grid],
+    title: str = "Samples from the same noise",
+    intro: str = "The same place in every picture started from the same noise.",
+) -> str:
+    """Pictures side by side, each within the page; nothing if there are none.
+
+    Raises:
+        UserError: one is not a PNG.
+    """
     if not grids:
         return ""
     figures = []
@@ -161,8 +162,7 @@ def _grids(grids: Sequence[Grid]) -> str:
             "</figcaption></figure>"
         )
     return (
-        "<section><h2>Samples from the same noise</h2><p>The same place in every picture started "
-        "from the same noise.</p>"
+        f"<section><h2>{escape(title)}</h2><p>{escape(intro)}</p>"
         f'<div class="grids">{"".join(figures)}</div></section>'
     )
 
@@ -200,13 +200,14 @@ def _curves(curves: Sequence[Curve], figures: Figures, colours: Mapping[str, str
     )
 
 
-def _facts(facts: Mapping[str, str]) -> str:
+def facts_section(facts: Mapping[str, str], title: str = "How to get this again") -> str:
+    """Names and values in a list; nothing if there are none."""
     if not facts:
         return ""
     items = "".join(
         f"<dt>{escape(key)}</dt><dd>{_fact(key, value)}</dd>" for key, value in facts.items()
     )
-    return f"<section><h2>How to get this again</h2><dl>{items}</dl></section>"
+    return f"<section><h2>{escape(title)}</h2><dl>{items}</dl></section>"
 
 
 def _fact(key: str, value: str) -> str:

@@ -1,4 +1,6 @@
-"""The style sheet of the demo's report: light and dark, screen and phone, nothing from outside."""
+"""The frame of report pages: light and dark, screen and phone, nothing from outside."""
+
+from html import escape
 
 STYLE = """
 :root {
@@ -62,6 +64,7 @@ svg.chart { display: block; width: 100%; height: auto; overflow: visible }
 .chart .name.teacher { font-weight: 500; fill: var(--soft) }
 .chart .value { font-weight: 650; fill: var(--ink); font-size: 13px }
 .chart line, .chart path { fill: none; stroke-width: 1; vector-effect: non-scaling-stroke }
+.chart .band { fill: var(--good); stroke: none; opacity: .13 }
 .chart .rule { stroke: var(--line) }
 .chart .axis, .chart .mark { stroke: var(--faint) }
 .chart .dashed { stroke: var(--soft); stroke-width: 1.25; stroke-dasharray: 5 4 }
@@ -116,6 +119,57 @@ figure { margin: 0 }
 .runs { margin-top: 28px }
 .run figcaption { font-size: 14px; color: var(--soft) }
 
+.health .run { grid-template-columns: minmax(0, 5fr) minmax(0, 4fr) }
+.state { font-weight: 600; margin: 6px 0 8px } .state.good { color: var(--good) }
+.state.bad { color: var(--bad) } .health p { font-size: 15px }
+.pair { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); gap: 40px }
+
+.proofs { display: grid; grid-template-columns: minmax(0, 5fr) minmax(0, 3fr); gap: 56px;
+  align-items: start; margin-top: 44px }
+.proofs.whole { display: block }
+.proofs h2 { font-size: 16px; letter-spacing: 0; margin: 0 }
+.proofs .small { margin-bottom: 14px }
+h2.key::before { width: 12px; height: 12px; vertical-align: .1em }
+h1.worse { color: var(--bad); font-weight: 650 }
+a { color: inherit; text-decoration-color: var(--faint); text-underline-offset: 3px }
+.lines { display: grid; gap: 22px 48px; margin-top: 14px; align-items: start }
+.whole .lines { grid-template-columns: repeat(auto-fill, minmax(290px, 1fr)) }
+.lines a { text-decoration: none }
+.lines a:hover { text-decoration: underline }
+.lines ul { list-style: none; margin: 4px 0 0; padding: 0; font-size: 14px; color: var(--soft) }
+.lines li { display: flex; flex-wrap: wrap; justify-content: space-between; align-items: center;
+  gap: 0 12px }
+.verdicts { flex: none } .verdicts .holds { fill: var(--good); opacity: .75 }
+.verdicts .short { fill: var(--bad) }
+.case { display: grid; grid-template-columns: minmax(0, 10fr) minmax(0, 11fr); gap: 20px 48px;
+  border-top: 1px solid var(--line); padding: 26px 0 36px; align-items: start }
+section > .state { margin-bottom: 28px }
+.case > header, .case > :nth-child(2):last-child { grid-column: 1 / -1 }
+.case > :last-child { max-width: 640px }
+.case > header { display: flex; flex-wrap: wrap; align-items: baseline; gap: 0 20px }
+.case .state { margin: 0 } .case .note { font-size: 14px; margin-top: 14px }
+.clouds { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); gap: 20px 24px }
+.clouds figcaption { font-size: 13.5px; line-height: 1.4; color: var(--soft); margin-top: 6px }
+.clouds figure:only-child { grid-column: 1 / -1; max-width: 290px }
+.cloud .bars { fill: var(--m); opacity: .38 }
+.cloud .theory { stroke: var(--ink); stroke-width: 1.5; opacity: .7; stroke-linejoin: round }
+.cloud .quiet, .cloud .mine { stroke-linecap: round }
+.cloud .quiet { stroke: var(--faint); stroke-width: 3.2; opacity: .75 }
+.cloud .mine { stroke: var(--m); stroke-width: 2.6; opacity: .8 }
+.cloud .gaps { stroke: var(--ink); stroke-width: .8; opacity: .45 }
+.proof { font-size: 14px; margin-top: 0 }
+.proof td { padding: 4px 8px } .proof thead th { padding: 0 8px 6px; font-size: 13px }
+.proof tbody th { padding: 16px 0 5px }
+.proof td:first-child, .proof th:first-child { padding-left: 0 }
+.proof td:last-child, .proof th:last-child { padding-right: 0 }
+.proof .quantity { white-space: normal; position: relative }
+.proof small { white-space: nowrap; font-weight: 400 }
+.proof .verdict { font-weight: 600; color: var(--good) }
+.proof .short td { color: var(--bad); font-weight: 600 }
+.proof .short .quantity::before { content: ""; position: absolute; left: -12px; top: 0; bottom: 0;
+  width: 3px; background: var(--bad) }
+.proof .verdict small { color: inherit; margin-left: 8px }
+
 dl { display: grid; grid-template-columns: minmax(120px, max-content) minmax(0, 1fr);
   gap: 0 36px; margin: 24px 0 0; font-size: 15px }
 dt, dd { margin: 0; padding: 10px 0; border-top: 1px solid var(--line) }
@@ -135,7 +189,8 @@ dd { overflow-wrap: anywhere; white-space: pre-wrap }
   section { margin-top: 68px }
   .glance { grid-template-columns: minmax(0, 1fr); gap: 36px; margin-top: 36px }
   .wide { display: none } .narrow { display: block }
-  .run { grid-template-columns: minmax(0, 1fr); gap: 18px; padding: 26px 0 }
+  .run, .health .run, .pair { grid-template-columns: minmax(0, 1fr); gap: 18px }
+  .run { padding: 26px 0 }
   .grids { display: grid; grid-template-columns: 1fr 1fr; gap: 30px 20px }
   .grids figure { min-width: 0 }
   .grids h3 { font-size: 15px }
@@ -159,6 +214,25 @@ dd { overflow-wrap: anywhere; white-space: pre-wrap }
   td:not(.method):not(.fd):not(.ratio) { font-size: 13.5px }
   td:nth-child(5), td:nth-child(6) { order: 1 }
   td.blank { display: none !important }
+  .proofs, .case { grid-template-columns: minmax(0, 1fr) }
+  .proof tbody tr:not(.group) { padding: 7px 0; gap: 0 12px }
+  .proof td, .proof td:first-child { padding: 0 }
+  .proof td[data-label] { order: 2 }
+  .proof td.quantity { flex: 1 1 calc(100% - 158px); font-size: 14px !important; min-width: 0 }
+  .proof td.verdict { order: 1 !important; text-align: right; flex: 0 0 140px }
+  .cloud text { font-size: 15px } .clouds { gap: 20px }
+  .clouds figure:only-child .cloud text { font-size: 12px }
   .withbar > span:last-child { min-width: 0 }
 }
 """
+
+
+def html_page(title: str, body: str) -> str:
+    """A whole page around the content of its ``main``."""
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n'
+        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
+        f"{body}\n</main>\n</body>\n</html>\n"
+    )

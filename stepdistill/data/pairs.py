@@ -172,7 +172,8 @@ class PairStore:
     """A finished store, read back.
 
     Raises:
-        UserError: a shard is missing or damaged, or its noise cannot be made again.
+        UserError: a shard is missing or damaged, or its noise cannot be made again, or an image
+            is not finite.
     """
 
     def __init__(self, root: Path, plan: PairPlan) -> None:
@@ -190,6 +191,12 @@ class PairStore:
                 if not same_noise(shard_facts(file)["noise"], plan.noise(first)):
                     raise UserError(f"{shard_path(root, shard)}: its noise cannot be made again")
                 xs.append(file.get_tensor("x"))
+                bad = (~torch.isfinite(xs[-1]).flatten(1).all(dim=1)).nonzero()
+                if len(bad):
+                    raise UserError(
+                        f"{shard_path(root, shard)}: image {int(first) + int(bad[0, 0])} is not "
+                        "finite; remove the file and run `stepdistill pairs` again"
+                    )
                 labels.append(file.get_tensor("label"))
         self.x, self.label = torch.cat(xs), torch.cat(labels)
 

@@ -73,23 +73,31 @@ class Outcome:
         return [row for row in self.rows if not row.passed]
 
 
-def plan(names: Sequence[str], teacher: str | None = None) -> list[Case]:
+def plan(
+    names: Sequence[str], settings: Sequence[str] = (), teacher: str | None = None
+) -> list[Case]:
     """The cases of methods: every setting on the teachers that it declares, or on one.
 
     Args:
         names: methods; all if empty.
+        settings: of these methods; all if empty.
         teacher: a closed-form teacher's name, or a mixture's file.
 
     Raises:
-        UserError: no such method or teacher.
+        UserError: no such method, setting or teacher.
     """
     for name in names:
         trainer(name)
+    chosen = [method.name for method in methods() if method.name in names or not names]
+    known = list(dict.fromkeys(setting for name in chosen for setting in proofs(name)))
+    for setting in settings:
+        if setting not in known:
+            raise UserError(f"setting {setting!r} is unknown; known are {', '.join(known)}")
     cases = [
-        Case(method.name, setting, one)
-        for method in methods()
-        if method.name in names or not names
-        for setting, proof in proofs(method.name).items()
+        Case(name, setting, one)
+        for name in chosen
+        for setting, proof in proofs(name).items()
+        if setting in settings or not settings
         for one in ([teacher] if teacher else proof.teachers)
     ]
     for name in dict.fromkeys(case.teacher for case in cases):

@@ -1,7 +1,7 @@
 """Checkpoints: safetensors and JSON in a folder that is either complete or passed over.
 
 A folder is written under a temporary name, every file is flushed to the disk, the folder is
-renamed, and only then is it marked by COMPLETE, which lists its files with their sizes.
+renamed, and only then is it marked by COMPLETE, which lists its files with sizes and SHA-256.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stepdistill.run.errors import UserError
-from stepdistill.run.files import flush, whole_folder, write_text
+from stepdistill.run.files import flush, named, sha256, whole_folder, write_text
 
 MARK, STATE = "COMPLETE", "state.json"
 
@@ -41,7 +41,11 @@ class Saved:
 def save(
     folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], meta: Mapping[str, Any]
 ) -> Path:
-    """Write ``folder/step-NNNNNNN`` and mark it complete."""
+    """Write ``folder/step-NNNNNNN`` and mark it complete.
+
+    Raises:
+        OSError: the disk does not take it; nothing of it is left.
+    """
     path = folder / f"step-{step:07d}"
     with whole_folder(path) as temp:
         for part, values in tensors.items():
@@ -49,41 +53,71 @@ def save(
             save_file(flat, temp / f"{part}.safetensors")
         meta_text = json.dumps({"step": step, "parts": sorted(tensors), **meta}, indent=1)
         (temp / STATE).write_text(meta_text, encoding="utf-8")
-    sizes = {file.name: file.stat().st_size for file in sorted(path.iterdir())}
-    write_text(path / MARK, json.dumps(sizes))
-    flush(path)
+        listed = {
+            file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)}
+            for file in sorted(temp.iterdir())
+        }
+    try:
+        write_text(path / MARK, json.dumps(listed))
+        with named(path):
+            flush(path)
+    except OSError:
+        shutil.rmtree(path, ignore_errors=True)
+        raise
     return path
 
 
-def problem(path: Path) -> str | None:
-    """Why a checkpoint cannot be used, or None if it is complete."""
+def problem(path: Path, *, hashes: bool = False) -> str | None:
+    """Why a checkpoint cannot be used, or None if it is complete.
+
+    Args:
+        path: its folder.
+        hashes: also read every file; marks of earlier versions list none to compare with.
+    """
     if not path.is_dir():
         return "no such folder"
     mark = path / MARK
     if not mark.is_file():
         return f"it has no {MARK}: its writing was cut short"
     try:
-        sizes = json.loads(mark.read_text(encoding="utf-8"))
-    except ValueError:
-        sizes = None
-    if not isinstance(sizes, dict) or STATE not in sizes:
+        listed = json.loads(mark.read_text(encoding="utf-8"))
+        facts = {name: _facts(entry) for name, entry in listed.items()}
+    except (ValueError, TypeError, KeyError, AttributeError):
+        facts = {}
+    if STATE not in facts:
         return f"its {MARK} is damaged"
-    for name, size in sizes.items():
+    for name, (size, _) in facts.items():
         file = path / name
         if not file.is_file():
             return f"{name} is missing"
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size} bytes instead of {size}"
+    for name, (_, known) in facts.items() if hashes else ():
+        try:
+            same = known is None or sha256(path / name) == known
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
+        if not same:
+            return f"{name} is damaged: its content is not what was written"
     return None
 
 
-def load(path: Path) -> Saved:
+def _facts(entry: Any) -> tuple[int, str | None]:
+    """Size and hash of a file in a mark; earlier versions listed the size alone."""
+    return (entry, None) if isinstance(entry, int) else (int(entry["bytes"]), entry["sha256"])
+
+
+def load(path: Path, *, checked: bool = False) -> Saved:
     """Read a checkpoint.
+
+    Args:
+        path: its folder.
+        checked: its hashes have been compared just now, by :func:`newest`.
 
     Raises:
         UserError: it is not complete, or a file in it is damaged.
     """
-    why = problem(path)
+    why = problem(path, hashes=not checked)
     if why:
         raise UserError(f"checkpoint {path}: {why}; resume=auto takes the newest complete one")
     try:
@@ -102,9 +136,9 @@ def found(folder: Path) -> list[Path]:
 
 
 def newest(folder: Path, say: Callable[[str], None]) -> Path | None:
-    """The newest complete checkpoint; each torn one on the way is named through ``say``."""
+    """The newest complete checkpoint; each damaged one on the way is named through ``say``."""
     for path in found(folder):
-        why = problem(path)
+        why = problem(path, hashes=True)
         if why is None:
             return path
         say(f"passed over checkpoint {path.name}: {why}")

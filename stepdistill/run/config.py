@@ -93,6 +93,7 @@ def validate(raw: Raw, model: type[M]) -> M:
         return model.model_validate(raw.values)
     except ValidationError as error:
         problems = error.errors(include_url=False)
+        problems.sort(key=lambda p: p["type"] != "extra_forbidden")  # a typo is not a missing key
         line = _explain(problems[0], raw, model)
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise UserError(line + more) from error

@@ -2,12 +2,66 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from safetensors import SafetensorError
+
+from stepdistill.run.errors import UserError
+
+_CHUNK = 1 << 20
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Give the system's errors of writing ``path`` its name; safetensors' become such errors."""
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        code = int(number[1])
+        raise OSError(code, os.strerror(code), str(path)) from error
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
+def told(what: str, mend: Callable[[], str]) -> Iterator[None]:
+    """Turn an error of the system into the one line that a user reads.
+
+    Args:
+        what: is being written.
+        mend: gives what to do, and what is kept.
+
+    Raises:
+        UserError: the block could not write.
+    """
+    try:
+        yield
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        why = error.strerror or str(error)
+        raise UserError(f"{what} could not be written: {why}{where}; {mend()}") from error
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file's content, in hex."""
+    total, buffer = hashlib.sha256(), bytearray(_CHUNK)
+    view = memoryview(buffer)
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            total.update(view[:count])
+    return total.hexdigest()
 
 
 def flush(path: Path) -> None:
@@ -23,13 +77,15 @@ def write_bytes(path: Path, data: bytes) -> None:
     """Write a file under a temporary name, flush it and rename it."""
     fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
-        with fresh.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(path)
+        with named(path):
+            with fresh.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            fresh.replace(path)
     finally:
-        fresh.unlink(missing_ok=True)
+        with suppress(OSError):  # on a disk that takes no change the first error is the one to tell
+            fresh.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -49,18 +105,19 @@ def whole_folder(out: Path) -> Iterator[Path]:
     fresh, aside = (out.with_name(f".{out.name}.{mark}.{kind}") for kind in ("part", "old"))
     fresh.mkdir()
     try:
-        yield fresh
-        for path in (*fresh.rglob("*"), fresh):
-            flush(path)
-        if out.exists():
-            out.rename(aside)
-        try:
-            fresh.rename(out)
-        except OSError:
-            if aside.exists():
-                aside.rename(out)
-            raise
-        flush(out.parent)
+        with named(out):
+            yield fresh
+            for path in (*fresh.rglob("*"), fresh):
+                flush(path)
+            if out.exists():
+                out.rename(aside)
+            try:
+                fresh.rename(out)
+            except OSError:
+                if aside.exists():
+                    aside.rename(out)
+                raise
+            flush(out.parent)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     shutil.rmtree(aside, ignore_errors=True)

@@ -13,33 +13,44 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepdistill.run.files import write_text
+from stepdistill.run.files import named, write_text
 
 
 class Meter:
-    """Means of logged scalars, summed on the device and read only when a row is written."""
+    """Means of logged scalars, summed on the device and read only when a row is written.
+
+    Values that are not finite, those of skipped updates, are left out of a mean; one without any
+    finite value is not a number.
+    """
 
     def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}
+        self.sums: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
 
     def add(self, logs: dict[str, Tensor]) -> None:
         """Add one step's scalars."""
-        for name, value in logs.items():
-            if name in self.sums:
-                self.sums[name] = self.sums[name] + value
-                self.counts[name] += 1
-            else:
-                self.sums[name], self.counts[name] = value, 1
+        if not logs:
+            return
+        values = torch.stack([value.float() for value in logs.values()])
+        counts = torch.isfinite(values)
+        values, names = torch.where(counts, values, 0.0), tuple(logs)
+        if names in self.sums:
+            sums, before = self.sums[names]
+            self.sums[names] = sums + values, before + counts
+        else:
+            self.sums[names] = values, counts.float()
 
     def means(self) -> tuple[list[str], Tensor]:
         """Names and means in one tensor; starts over."""
-        names = list(self.sums)
+        names = list(dict.fromkeys(name for group in self.sums for name in group))
         if not names:
             return [], torch.zeros(0)
-        values = torch.stack([self.sums[n].float() / self.counts[n] for n in names])
-        self.sums, self.counts = {}, {}
-        return names, values
+        place = {name: i for i, name in enumerate(names)}
+        total = torch.zeros(2, len(names), device=next(iter(self.sums.values()))[0].device)
+        for group, parts in self.sums.items():
+            at = torch.tensor([place[name] for name in group], device=total.device)
+            total.index_add_(1, at, torch.stack(parts))
+        self.sums = {}
+        return names, total[0] / total[1]
 
 
 def peak_memory_bytes() -> int:
@@ -72,7 +83,7 @@ class Log:
     def __init__(self, run: Path, *, step: int = 0, tensorboard: bool = True) -> None:
         self.path = run / "log.jsonl"
         self.seconds = self._cut(step)
-        self._handle = self.path.open("a", encoding="utf-8")
+        self._handle = self.path.open("ab", buffering=0)
         self._start = time.monotonic() - self.seconds
         self._board: Any = None
         if tensorboard:
@@ -101,21 +112,38 @@ class Log:
         return time.monotonic() - self._start
 
     def row(self, step: int, values: dict[str, Any]) -> None:
-        """Write one row; nested numbers also go to TensorBoard. One that is not finite is null."""
+        """Write one row; nested numbers also go to TensorBoard. One that is not finite is null.
+
+        Raises:
+            OSError: the disk does not take it; the log keeps its whole rows.
+        """
         row = {"step": step, "seconds": round(self.clock(), 3), **_strict(values)}
-        self._handle.write(json.dumps(row, allow_nan=False) + "\n")
-        self._handle.flush()
+        line = (json.dumps(row, allow_nan=False) + "\n").encode()
+        end = os.fstat(self._handle.fileno()).st_size
+        with named(self.path):
+            try:
+                while line:
+                    line = line[self._handle.write(line) :]
+            except OSError:
+                self._handle.truncate(end)
+                raise
         if self._board is not None:
-            for name, value in _flat(values):
-                self._board.add_scalar(name, value, step)
+            with named(self.path.with_name("tensorboard")):
+                for name, value in _flat(values):
+                    self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Flush everything to the disk."""
-        self._handle.flush()
-        os.fsync(self._handle.fileno())
-        self._handle.close()
+        """Flush everything to the disk.
+
+        Raises:
+            OSError: the disk does not take it.
+        """
+        with named(self.path):
+            os.fsync(self._handle.fileno())
+            self._handle.close()
         if self._board is not None:
-            self._board.close()
+            with named(self.path.with_name("tensorboard")):
+                self._board.close()
 
 
 def _strict(value: Any) -> Any:

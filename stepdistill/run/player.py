@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from stepdistill.diffusion.denoiser import Denoiser
+from stepdistill.run.errors import UserError
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -156,11 +157,21 @@ class Player:
         return out
 
     def load_tensors(self, tensors: dict[str, Tensor], updates: int) -> None:
-        """Restore what :meth:`tensors` gave, bit for bit."""
+        """Restore what :meth:`tensors` gave, bit for bit.
+
+        Raises:
+            UserError: the tensors are of another network.
+        """
 
         def part(prefix: str) -> dict[str, Tensor]:
             return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
 
+        other = difference(part("net."), self.denoiser.net.state_dict())
+        if other is not None:
+            raise UserError(
+                f"the {self.name} of the checkpoint is another network than the teacher is now: "
+                f"{other}; set teacher back to what it was, or start a new run"
+            )
         self.denoiser.net.load_state_dict(part("net."))
         if self.ema is not None:
             self.ema.net.load_state_dict(part("ema."))
@@ -177,3 +188,12 @@ class Player:
             self.denoiser.net.load_state_dict(self.ema.net.state_dict())
         self.ema, self.ema_decay, self.wrapper, self.averages = None, None, None, []
         self.reset_optimizer()
+
+
+def difference(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str | None:
+    """The first weight that is missing, foreign or of another shape, in words; None if none is."""
+    for name in [*own, *saved]:
+        here, there = (list(w[name].shape) if name in w else "none" for w in (own, saved))
+        if here != there:
+            return f"{name} is {there} there and {here} here"
+    return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -18,6 +18,7 @@ from stepdistill.diffusion.timesteps import Density, LogitNormal
 from stepdistill.run.errors import UserError
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Loss, Pass, Trainer, Turn
+from stepdistill.trainers.fixed_point import FixedPoint, Proof
 from stepdistill.trainers.settings import Section, TrainConfig
 
 REFUSALS = (TypeError, ValueError, AttributeError, ArithmeticError, LookupError, RuntimeError)
@@ -54,6 +55,11 @@ class DenoisingTrainer(Trainer):
     config: DenoisingConfig
     needs = "data"
     sizes = (1, 2, 4, 8, 16, 32)
+    proofs: ClassVar = {
+        "flow": Proof(
+            ("gaussian", "gmm2d"), {"network": {"type": "none"}, "t": {"kind": "uniform"}}
+        )
+    }
 
     def setup(self) -> None:
         """The "teacher" handed over is the fresh network itself, and is trained in place.
@@ -68,6 +74,11 @@ class DenoisingTrainer(Trainer):
                 "is distilled"
             )
         self.add_player("student", self.teacher, c.optim, ema=True, total=c.steps, copy=False)
+
+    @property
+    def fixed_point(self) -> FixedPoint:
+        """The exact denoiser, with the loss that noise leaves in it."""
+        return FixedPoint("field")
 
     def turns(self, step: int) -> list[Turn]:
         """One player, one turn."""

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import ClassVar
 
 from pydantic import Field
 
 from stepdistill.data.batch import Batch
-from stepdistill.diffusion.timesteps import Density, UShaped
+from stepdistill.diffusion.timesteps import Density, UShaped, uniform_grid
 from stepdistill.losses.reflow import ReflowMetric, velocity_loss
 from stepdistill.run.errors import UserError
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Loss, Pass, Trainer, Turn
+from stepdistill.trainers.fixed_point import FixedPoint, Proof
 from stepdistill.trainers.settings import Section, TrainConfig
 
 
@@ -41,6 +43,10 @@ class ReflowTrainer(Trainer):
     config: ReflowConfig
     needs = "pairs"
     sizes = (1, 2, 4, 8)
+    proofs: ClassVar = {
+        "pairs": Proof(("gaussian", "gmm1d", "gmm2d", "classes"), {"metric": "l2"}),
+        "huber": Proof(("gaussian",), {"metric": "huber"}),
+    }
 
     def setup(self) -> None:
         """The student starts as the teacher; straight paths need a flow's velocity."""
@@ -51,6 +57,12 @@ class ReflowTrainer(Trainer):
             )
         total = self.config.steps
         self.add_player("student", self.initial, self.config.optim, ema=True, total=total)
+
+    @property
+    def fixed_point(self) -> FixedPoint:
+        """Straight paths that end where the pairs do: at the end of the teacher's own walk."""
+        grid = uniform_grid(self.process, self.config.pairs.steps)
+        return FixedPoint("map", follow=lambda t: grid, straight=True)
 
     def turns(self, step: int) -> list[Turn]:
         """One player, one turn."""

@@ -7,7 +7,7 @@ trained online on the student's images, and the teacher's.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -19,6 +19,7 @@ from stepdistill.losses.distribution import dmd_direction
 from stepdistill.losses.regression import pull
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Loss, Pass
+from stepdistill.trainers.fixed_point import FixedPoint, Proof
 from stepdistill.trainers.score.engine import Sample, ScoreConfig, ScoreTrainer
 
 
@@ -37,12 +38,22 @@ class DMDTrainer(ScoreTrainer):
     Config = DMDConfig
     config: DMDConfig
     clips = True
+    proofs: ClassVar = {
+        "one step": Proof(("gaussian", "gmm2d", "classes")),
+        "two steps": Proof(("gaussian",), {"student_steps": 2}),
+        "four steps": Proof(("gaussian",), {"student_steps": 4}),
+    }
 
     def setup(self) -> None:
         """See :meth:`ScoreTrainer.setup`."""
         super().setup()
         self.sizes = (self.config.student_steps,)
         self.noise = self.config.noise
+
+    @property
+    def fixed_point(self) -> FixedPoint:
+        """The data's law, at every exit of the grid."""
+        return FixedPoint("law")
 
     def generate(self, batch: Batch, rng: Rng, *, exact: bool) -> Sample:
         """The clean image predicted at one exit of the grid, the same on every process."""
@@ -72,7 +83,8 @@ class DMDTrainer(ScoreTrainer):
             fake = self.denoiser("critic")(x_t, t, batch.cond).x
             real = guided(self.teacher, x_t, t, batch.cond, self.config.guidance).x
         loss = pull(made.x, dmd_direction(fake, real, made.reference.detach())).mean()
-        return Loss(loss, {"gap": (fake - real).abs().mean(), "direction": loss})
+        logs = {"gap": (fake - real).abs().mean(), "direction": loss}
+        return Loss(loss, logs | self.vitals(made, fake, real, t))
 
     def passes(self) -> list[Pass]:
         """Those of the engine, and the walk to the exit."""

@@ -15,10 +15,12 @@ from pydantic import Field
 from torch import Tensor
 
 from stepdistill.data.batch import Batch
+from stepdistill.diffusion.heads import HEADS
 from stepdistill.diffusion.sampler import full
 from stepdistill.diffusion.timesteps import Density, LogitNormal, Uniform
 from stepdistill.losses.distribution import Renoise
 from stepdistill.run.player import OptimConfig
+from stepdistill.run.ratios import gap_parts, sample_parts
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Loss, Pass, Trainer, Turn
 from stepdistill.trainers.settings import TrainConfig
@@ -114,6 +116,24 @@ class ScoreTrainer(Trainer):
         error = kernel.weight(self.config.critic_weight) * (h - target) ** 2
         loss = error.mean()
         return Loss(loss, {"loss": loss})
+
+    def vitals(
+        self, made: Sample, fake: Tensor, real: Tensor, t: Tensor, e: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """What tells whether the run is well, from the estimates that a comparison has anyway.
+
+        Args:
+            made: the student's sample.
+            fake: the fake score's clean estimate at times t, of the sample noised by e.
+            real: the teacher's.
+            t: times [B].
+            e: the noise; a clean sample needs none.
+        """
+        x, weight = made.x.detach(), None
+        if made.level > 0 and e is not None:
+            kernel = self.kernel(x, made.level, t)
+            x, weight = kernel.target(HEADS["x0"], x, e), kernel.weight("ratio")
+        return gap_parts(fake, real, x, made.reference, weight) | sample_parts(made.reference)
 
     def times(self, density: Density, level: float, batch: Batch, rng: Rng) -> Tensor:
         """Times [B] from a density, moved into the range from the sample's level to the top."""

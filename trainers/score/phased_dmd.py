@@ -9,7 +9,7 @@ The fake score of such intermediate samples learns from an unbiased target
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import AfterValidator, Field
@@ -28,6 +28,7 @@ from stepdistill.run.errors import UserError
 from stepdistill.run.player import Player
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Loss, Pass
+from stepdistill.trainers.fixed_point import FixedPoint, Proof
 from stepdistill.trainers.score.engine import Sample, ScoreConfig, ScoreTrainer
 
 MOST_PHASES = 4  # an exported pipeline holds as many networks
@@ -61,6 +62,15 @@ class PhasedDMDTrainer(ScoreTrainer):
     Config = PhasedDMDConfig
     config: PhasedDMDConfig
     phase = 0
+    proofs: ClassVar = {
+        "two phases": Proof(("gaussian", "gmm2d", "classes"), {"phase_steps": 1}),
+        "three phases": Proof(("gaussian",), {"levels": [1.0, 0.7, 0.35, 0.0], "phase_steps": 2}),
+    }
+
+    @property
+    def fixed_point(self) -> FixedPoint:
+        """The data's law, and that of the noised data at every border of the phases."""
+        return FixedPoint("law", levels=self.config.levels[1:-1])
 
     def setup(self) -> None:
         """The first expert and its fake score.
@@ -161,13 +171,14 @@ class PhasedDMDTrainer(ScoreTrainer):
     def compare(self, made: Sample, batch: Batch, rng: Rng) -> Loss:
         """Pull the sample along the gap, at levels above its own."""
         t = self.times(self.config.student_t, made.level, batch, rng)
-        x_s = made.x.detach()
-        x_t = self.kernel(x_s, made.level, t).state(x_s, self.z(batch, rng, "e"))
+        x_s, e = made.x.detach(), self.z(batch, rng, "e")
+        x_t = self.kernel(x_s, made.level, t).state(x_s, e)
         with torch.no_grad():
             fake = self.denoiser("critic")(x_t, t, batch.cond).x
             real = guided(self.teacher, x_t, t, batch.cond, self.config.guidance).x
         loss = pull(made.x, dmd_direction(fake, real, made.reference.detach())).mean()
-        return Loss(loss, {"gap": (fake - real).abs().mean(), "direction": loss})
+        logs = {"gap": (fake - real).abs().mean(), "direction": loss}
+        return Loss(loss, logs | self.vitals(made, fake, real, t, e))
 
     def held(self) -> dict[str, int]:
         """See :meth:`Trainer.held`; the experts of earlier phases are frozen."""

@@ -6,7 +6,7 @@ between the two scores, by the theorem that makes its gradient computable.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -19,6 +19,7 @@ from stepdistill.losses.implicit import Form, Space, sim_loss
 from stepdistill.losses.regression import huber_constant
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Loss, Pass
+from stepdistill.trainers.fixed_point import FixedPoint, Proof
 from stepdistill.trainers.score.engine import Sample, ScoreConfig, ScoreTrainer
 
 
@@ -40,6 +41,15 @@ class SIMTrainer(ScoreTrainer):
     Config = SIMConfig
     config: SIMConfig
     clips = True
+    proofs: ClassVar = {
+        "score": Proof(("gaussian", "gmm2d", "classes"), {"huber_scale": 0.5}),
+        "full": Proof(("gaussian",), {"huber_scale": 0.5, "form": "full"}),
+    }
+
+    @property
+    def fixed_point(self) -> FixedPoint:
+        """The data's law: a distance of scores at every noise level sees a lost mode."""
+        return FixedPoint("law", covers=True)
 
     def generate(self, batch: Batch, rng: Rng, *, exact: bool) -> Sample:
         """One step from pure noise."""
@@ -74,7 +84,8 @@ class SIMTrainer(ScoreTrainer):
         # blow up to a full step.
         one = (fake == real).flatten(1).all(dim=1)
         direction = direction.masked_fill(expand(one, direction), 0.0)
-        return Loss((made.x * direction).sum(), {"loss": loss, "gap": (fake - real).abs().mean()})
+        logs = {"loss": loss, "gap": (fake - real).abs().mean()}
+        return Loss((made.x * direction).sum(), logs | self.vitals(made, fake, real, t))
 
     def passes(self) -> list[Pass]:
         """As the engine's, but the comparison is differentiated in its input."""

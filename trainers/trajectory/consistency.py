@@ -8,7 +8,7 @@ to its own (or its average's) estimate at r, which is exact at r = 0.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
@@ -19,12 +19,14 @@ from stepdistill.data.batch import Batch
 from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.diffusion.guidance import guided
 from stepdistill.diffusion.sampler import heun_step, move
-from stepdistill.diffusion.timesteps import Density, LogitNormal, uniform_grid
+from stepdistill.diffusion.timesteps import Density, Grid, LogitNormal, uniform_grid
 from stepdistill.losses.consistency import Weight, ect_partner, pair_weight
 from stepdistill.losses.regression import Metric, distance, huber_constant
 from stepdistill.run.errors import UserError
+from stepdistill.run.ratios import sample_parts
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Loss, Pass, Trainer, Turn
+from stepdistill.trainers.fixed_point import FixedPoint, Proof
 from stepdistill.trainers.settings import Section, TrainConfig
 
 
@@ -98,6 +100,18 @@ class ConsistencyTrainer(Trainer):
     clips = True
     noise = "fresh"
     sizes = (1, 2, 4, 8)
+    proofs: ClassVar = {
+        "grid": Proof(
+            ("gaussian", "gmm1d", "classes"),
+            {"pairs": {"kind": "grid", "steps": 16}, "metric": "l2"},
+        ),
+        "heun, averaged target": Proof(
+            ("gaussian",),
+            {"pairs": {"kind": "grid", "steps": 8}, "solver": "heun", "target": "ema"}
+            | {"metric": "l2"},
+        ),
+        "ect": Proof(("gaussian",), {"pairs": {"kind": "ect", "stages": 4}, "metric": "l2"}),
+    }
 
     def setup(self) -> None:
         """The student, and an average of it as the target where one is asked for.
@@ -120,6 +134,28 @@ class ConsistencyTrainer(Trainer):
         if isinstance(c.pairs, GridPairs):
             grid = uniform_grid(self.process, c.pairs.steps, self.start)
             self.grid = torch.tensor(grid, device=self.device)
+
+    @property
+    def fixed_point(self) -> FixedPoint:
+        """The end of the chain of steps by which estimates are compared, from any time to 0.
+
+        With ``solver: data`` and a squared distance, the mean of an image's own states is where
+        Euler's step leads.
+        """
+        solver: Literal["euler", "heun"] = "heun" if self.config.solver == "heun" else "euler"
+        return FixedPoint("map", follow=self.chain, solver=solver)
+
+    def chain(self, t: float) -> Grid:
+        """Times from t to 0, each the partner of the one before, at the end of the run."""
+        pairs, times = self.config.pairs, [t]
+        if isinstance(pairs, GridPairs):
+            grid = self.grid.tolist()
+            place = min(range(len(grid)), key=lambda i: abs(grid[i] - t))
+            return (*grid[place : -1 : pairs.skip], 0.0)
+        last = pairs.first + pairs.stages - 1
+        while times[-1] > 1e-3 * self.top:
+            times.append(float(ect_partner(torch.tensor(times[-1]), last, pairs.q)))
+        return (*times, 0.0)
 
     def turns(self, step: int) -> list[Turn]:
         """One player, one turn."""
@@ -150,10 +186,12 @@ class ConsistencyTrainer(Trainer):
             else:
                 x_r = self.solve(x_t, t, r, batch, rng)
             target = self.clean(self.target_net or student, x_r, r, batch)
-        delta = self.clean(student, x_t, t, batch) - target
+        estimate = self.clean(student, x_t, t, batch)
+        delta = estimate - target
         c_huber = huber_constant(delta.shape, c.huber_scale)
         loss = (pair_weight(t, r, c.weight) * distance(delta, c.metric, c_huber)).mean()
-        return Loss(loss, {"loss": loss, "distance": delta.abs().mean()})
+        logs = {"loss": loss, "distance": delta.abs().mean()}
+        return Loss(loss, logs | sample_parts(estimate))
 
     def solve(self, x_t: Tensor, t: Tensor, r: Tensor, batch: Batch, rng: Rng) -> Tensor:
         """The teacher's step from t to r."""

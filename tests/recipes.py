@@ -1,0 +1,39 @@
+"""Short runs of every method, found by its file and its config alone."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from stepdistill.commands.read import read_config
+from stepdistill.run.config import CONFIGS
+from stepdistill.trainers.find import methods, trainer
+
+METHODS = [method.name for method in methods()]
+SHORT = "steps=6 batch_size=16 log.every_steps=1 log.tensorboard=false sample.every_steps=0".split()
+SHORT += "eval.every_steps=0 checkpoint.every_steps=2".split()
+PAIRS = "pairs.num=40 pairs.steps=2 pairs.shard=16".split()
+
+
+@cache
+def recipe(method: str) -> str:
+    """The name of a method's config: METHOD-digits, else the first that names the method."""
+    names = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+    found = [name for name in names if read_config(name)[1].method == method]
+    assert found, f"{method} has no config; write configs/{method}-digits.yaml"
+    own = f"{method}-digits"
+    return own if own in found else found[0]
+
+
+def distils(method: str) -> bool:
+    """Whether a method has a teacher; one that has none trains a teacher."""
+    return trainer(method).Config.model_fields["teacher"].is_required()
+
+
+def command(method: str, run: str, *more: str) -> list[str]:
+    """The command line of a short run, with checkpoints at every second step."""
+    pairs = PAIRS if trainer(method).needs == "pairs" else []
+    verb = "train" if distils(method) else "teacher"
+    return [verb, recipe(method), f"run={run}", *SHORT, *pairs, *more]
+
+
+DISTILS = [name for name in METHODS if distils(name)]

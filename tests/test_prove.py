@@ -81,7 +81,8 @@ def test_the_figures_that_must_be_there_are(proven) -> None:
     has("consistency", "gain, axis 1", (1,))
     has("reflow", "map error", (1, 2, 4))
     has("reflow", "straightness, of the teacher's", (32,))
-    has("dmd", "W2", (1, 2, 4))
+    has("dmd", "W2", (1, 2))
+    has("phased_dmd", "W2", (2, 6))
     has("sim", "least mode", (1,))
     for method in ("sim", "dmd", "phased_dmd", "consistency", "reflow"):
         assert any(r["method"] == method and r["quantity"] == "guided mean" for r in rows), method

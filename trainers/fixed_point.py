@@ -20,6 +20,8 @@ class FixedPoint:
             student inherits the bias of these steps, whole.
         solver: of the walk.
         straight: the student's own paths are straight: one step lands where many do.
+        pooled: only the moments of the images predicted at all steps of the grid together are
+            given, since one fake score sees them as one; a step's own law may differ.
         levels: noise levels, beside 0, at which the student's states have the noised data's law.
         covers: no mode of the data may be lost on the way there.
     """
@@ -28,6 +30,7 @@ class FixedPoint:
     follow: Callable[[float], Grid] | None = None
     solver: Literal["euler", "heun"] = "euler"
     straight: bool = False
+    pooled: bool = False
     levels: tuple[float, ...] = ()
     covers: bool = False
 

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from stepdistill.commands.proof_page import write_markdown, write_page
+from stepdistill.commands.proof_words import figure
 from stepdistill.proof.ground import Outcome, plan, prove_case
 from stepdistill.proof.rows import Row
 from stepdistill.proof.trial import Case
@@ -150,13 +151,6 @@ def _print(outcomes: Sequence[Outcome]) -> None:
     if not console.is_terminal:
         console.width = 160
     console.print(table)
-
-
-def figure(value: float | None) -> str:
-    """A figure of the table."""
-    if value is None:
-        return "not finite"
-    return f"{value:.4f}" if value == 0 or abs(value) >= 1e-3 else f"{value:.1e}"
 
 
 def _learn(file: Path, outcomes: Sequence[Outcome]) -> None:

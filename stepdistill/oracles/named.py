@@ -87,10 +87,10 @@ def gmm2d() -> tuple[Mixture, Mixture | None, float]:
 
 
 def classes() -> tuple[Mixture, Mixture | None, float]:
-    """Three classes and "no class", Gaussians of one covariance: guided, they stay Gaussians."""
+    """Two classes and "no class", Gaussians of one covariance: guided, they stay Gaussians."""
     spread = [[0.5, 0.15], [0.15, 0.3]]
-    means = [[1.2, 0.0], [-0.6, 1.0], [-0.6, -1.0]]
-    mixture = Mixture.of(means, covariances=spread, labels=[0, 1, 2])
+    means = [[0.8, 0.5], [-0.8, -0.5]]
+    mixture = Mixture.of(means, covariances=spread, labels=[0, 1])
     return mixture, Mixture.of([[0.0, 0.0]], covariances=spread), 2.0
 
 

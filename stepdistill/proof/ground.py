@@ -12,7 +12,8 @@ from torch import Tensor
 from stepdistill.oracles.mixture import Mixture
 from stepdistill.oracles.named import read_teacher
 from stepdistill.proof.contract import keep
-from stepdistill.proof.rows import Picture, Row, judge
+from stepdistill.proof.judge import judge
+from stepdistill.proof.rows import Picture, Row
 from stepdistill.proof.trial import Case, proofs, run
 from stepdistill.run.errors import UserError
 from stepdistill.run.ratios import figures

@@ -34,22 +34,29 @@ def scale(law: Mixture) -> float:
     return float(law.covariance().diagonal().mean().sqrt())
 
 
-def wasserstein1(x: Tensor, law: Mixture) -> float:
-    """W1 of samples [N, D] to a law: on a line; else its mean over even directions (sliced).
+def shadows(x: Tensor, law: Mixture) -> list[tuple[Tensor, Mixture]]:
+    """Sorted samples [N] and the law on a line: on the only one, or along even directions.
 
-    A mixture's shadow on a line is a mixture, whose quantiles are exact.
+    A mixture's shadow is a mixture, whose distribution function and quantiles are exact.
     """
     if law.dim == 1:
-        return _line_distance(x[:, 0], law)
+        return [(x[:, 0].double().sort()[0], law)]
     way = torch.nn.functional.normalize(even_normals(DIRECTIONS, law.dim, seed=7), dim=1)
-    shadows = [_line_distance(x.double() @ one, law.project(one)) for one in way]
-    return sum(shadows) / len(shadows)
+    return [((x.double() @ one).sort()[0], law.project(one)) for one in way]
 
 
-def _line_distance(x: Tensor, law: Mixture) -> float:
-    order = x.double().sort()[0]
+def wasserstein1(x: Tensor, law: Mixture) -> float:
+    """W1 of samples [N, D] to a law: on a line; else its mean over shadows (sliced W1)."""
     q = (torch.arange(len(x), dtype=torch.float64) + 0.5) / len(x)
-    return float((order - law.quantile(q)).abs().mean())
+    gaps = [(order - one.quantile(q)).abs().mean() for order, one in shadows(x, law)]
+    return float(torch.stack(gaps).mean())
+
+
+def cdf_gap(x: Tensor, law: Mixture) -> float:
+    """Largest difference of the samples' distribution function to the law's, over all shadows."""
+    q = (torch.arange(len(x), dtype=torch.float64) + 0.5) / len(x)
+    gaps = [(one.cdf(order) - q).abs().max() for order, one in shadows(x, law)]
+    return float(torch.stack(gaps).max())
 
 
 def gaussian_w2(x: Tensor, law: Mixture) -> float:
@@ -76,9 +83,8 @@ def energy(x: Tensor, y: Tensor) -> tuple[float, float]:
     """
     found = []
     for a, b in zip(x.double().chunk(BLOCKS), y.double().chunk(BLOCKS), strict=True):
-        n = len(a)
-        within = (torch.cdist(a, a).sum() + torch.cdist(b, b).sum()) / (n * (n - 1))
-        found.append(float(2 * torch.cdist(a, b).mean() - within))
+        within = [torch.cdist(one, one).sum() / (len(one) * (len(one) - 1)) for one in (a, b)]
+        found.append(float(2 * torch.cdist(a, b).mean() - sum(within)))
     values = torch.tensor(found)
     return float(values.mean()), float(values.std() / math.sqrt(len(values)))
 

@@ -28,18 +28,21 @@ from stepdistill.trainers.find import trainer as find_trainer
 from stepdistill.trainers.fixed_point import FixedPoint, Proof
 
 Recipe = dict[str, Any]
-LAW_CRITIC = {"betas": (0.0, 0.999), "decay": "cosine", "clip": None}
+FAST = {"betas": (0.9, 0.99)}
 AFFINE: dict[str, Recipe] = {
-    "map": {"steps": 2000, "optim": {"lr": 1e-2, "betas": (0.9, 0.99)}},
-    "law": {"steps": 1200, "batch_size": 512, "optim": {"lr": 4e-3}, "critic": {"lr": 1.2e-2}},
-    "field": {"steps": 2500, "optim": {"lr": 1e-2, "betas": (0.9, 0.99)}},
+    "map": {"steps": 1500, "optim": {"lr": 1e-2, **FAST}},
+    "law": {"steps": 1600, "optim": {"lr": 3e-3}, "critic": {"lr": 1e-2}},
+    "field": {"steps": 2000, "optim": {"lr": 4e-3, **FAST}},
 }
 NETWORK: dict[str, Recipe] = {
-    "map": {"steps": 4000, "optim": {"lr": 4e-3, "betas": (0.9, 0.99)}},
-    "law": {"steps": 4000, "batch_size": 128, "optim": {"lr": 1e-3}, "critic": {"lr": 3e-3}},
-    "field": {"steps": 4000, "optim": {"lr": 4e-3, "betas": (0.9, 0.99)}},
+    "map": {"steps": 4000, "optim": {"lr": 4e-3, **FAST}},
+    "law": {"steps": 3000, "optim": {"lr": 1.5e-3}, "critic": {"lr": 5e-3}},
+    "field": {"steps": 2000, "optim": {"lr": 4e-3, **FAST}},
 }
-SHARED: Recipe = {"batch_size": 256, "ema": {"decay": 0.99}, "critic_steps": 2}
+"""Training by the fixed point's kind: of students that are affine, and of small networks."""
+SHARED: Recipe = {"batch_size": 256, "ema": {"decay": 0.997}, "critic_steps": 2}
+OPTIM: Recipe = {"betas": (0.0, 0.999), "decay": "cosine", "clip": None}
+CLASSES = 2  # times the batch where every sample teaches one class only
 PAIRS: Recipe = {"num": 8192, "steps": 16, "shard": 4096, "batch_size": 4096}
 ROWS = 20
 WARM, TIMED = 10, 30
@@ -106,10 +109,18 @@ def run(case: Case, teacher: Teacher, seconds: float | None = None) -> Trial:
     kind: Kind = ("table" if point.kind == "map" else "smooth") if gaussian else "network"
     recipe = (AFFINE if gaussian else NETWORK)[point.kind]
     steps = round(recipe["steps"] * proof.effort)
+    batch = SHARED["batch_size"] * (CLASSES if teacher.oracle.classes else 1)
 
     def build(**keys: Any) -> Trainer:
         own = {name: keys.pop(name) for name in ("rank", "world") if name in keys}
-        return _made(cls, teacher, proof, kind, {**_filled(recipe), "steps": steps, **keys}, **own)
+        return _made(
+            cls,
+            teacher,
+            proof,
+            kind,
+            {**_filled(recipe), "steps": steps, "batch_size": batch, **keys},
+            **own,
+        )
 
     with TemporaryDirectory() as folder:
         source = sources(build(), teacher, Path(folder))
@@ -129,9 +140,8 @@ def run(case: Case, teacher: Teacher, seconds: float | None = None) -> Trial:
 
 
 def _filled(recipe: Recipe) -> Recipe:
-    optim = {"decay": "cosine", "clip": None, "betas": (0.0, 0.999)} | recipe["optim"]
-    critic = LAW_CRITIC | recipe.get("critic", {})
-    return {**SHARED, **recipe, "optim": optim, "critic": critic}
+    optims = {name: OPTIM | recipe.get(name, {}) for name in ("optim", "critic")}
+    return {**SHARED, **recipe, **optims}
 
 
 def _made(

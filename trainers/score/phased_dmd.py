@@ -63,8 +63,10 @@ class PhasedDMDTrainer(ScoreTrainer):
     config: PhasedDMDConfig
     phase = 0
     proofs: ClassVar = {
-        "two phases": Proof(("gaussian", "gmm2d", "classes"), {"phase_steps": 1}),
-        "three phases": Proof(("gaussian",), {"levels": [1.0, 0.7, 0.35, 0.0], "phase_steps": 2}),
+        "two phases": Proof(("gaussian", "gmm2d", "classes"), {"phase_steps": 1}, effort=1.5),
+        "three phases": Proof(
+            ("gaussian",), {"levels": (1.0, 0.7, 0.35, 0.0), "phase_steps": 2}, effort=2.0
+        ),
     }
 
     @property

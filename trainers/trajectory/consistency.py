@@ -103,14 +103,18 @@ class ConsistencyTrainer(Trainer):
     proofs: ClassVar = {
         "grid": Proof(
             ("gaussian", "gmm1d", "classes"),
-            {"pairs": {"kind": "grid", "steps": 16}, "metric": "l2"},
+            {"pairs": {"kind": "grid", "steps": 8}, "metric": "l2"},
         ),
         "heun, averaged target": Proof(
             ("gaussian",),
             {"pairs": {"kind": "grid", "steps": 8}, "solver": "heun", "target": "ema"}
             | {"metric": "l2"},
         ),
-        "ect": Proof(("gaussian",), {"pairs": {"kind": "ect", "stages": 4}, "metric": "l2"}),
+        "ect": Proof(
+            ("gaussian",),
+            {"pairs": {"kind": "ect", "stages": 2, "t": {"kind": "uniform"}}, "metric": "l2"},
+            effort=2.0,
+        ),
     }
 
     def setup(self) -> None:

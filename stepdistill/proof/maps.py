@@ -1,0 +1,146 @@
+"""Maps: every noise has its own image, which the student must draw, solver bias and all."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from stepdistill.diffusion.cond import Cond
+from stepdistill.diffusion.denoiser import Denoiser
+from stepdistill.diffusion.guidance import guided
+from stepdistill.diffusion.process import Process
+from stepdistill.diffusion.sampler import full, heun_step, move
+from stepdistill.diffusion.timesteps import Grid
+from stepdistill.oracles.mixture import Mixture
+from stepdistill.proof import measure
+from stepdistill.proof.rows import (
+    EXACT,
+    POINTS,
+    SMALL,
+    Judge,
+    Picture,
+    conds,
+    drawn,
+    looked_at,
+    worst,
+)
+from stepdistill.proof.trial import Trial
+
+
+class Ideal(Denoiser):
+    """The fixed point of a map as a denoiser: the end of the teacher's walk from any state."""
+
+    def __init__(self, trial: Trial) -> None:
+        oracle = trial.teacher.oracle
+        super().__init__(
+            oracle.net,
+            oracle.process,
+            "x0",
+            adapter=oracle.adapter,
+            classes=oracle.classes,
+            null_label=oracle.null_label,
+        )
+        self.trial = (trial,)
+
+    def raw(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """Clean estimate [B, D] at one time for all."""
+        (trial,) = self.trial
+        assert trial.point.follow is not None
+        return walk(trial, x_t, trial.point.follow(float(t[0])), cond)
+
+
+def walk(trial: Trial, x_t: Tensor, times: Grid, cond: Cond) -> Tensor:
+    """The teacher's walk from states at the first of the times to the last."""
+    oracle, scale = trial.teacher.oracle, trial.trainer.config.guidance
+    for t, r in zip(times, times[1:], strict=False):
+        now, then = full(x_t, t), full(x_t, r)
+        if trial.point.solver == "heun":
+            x_t = heun_step(oracle, x_t, now, then, cond, scale)
+        else:
+            x_t = move(guided(oracle, x_t, now, cond, scale), oracle.process, then)
+    return x_t
+
+
+def judge_map(made: Judge) -> None:
+    """Images against the ends of the teacher's walks, from the same noise."""
+    trial = made.trial
+    tolerance = EXACT if trial.affine else SMALL
+    ideal, student = Ideal(trial), trial.trainer.best()
+    for steps in looked_at(trial):
+        gaps, sizes = [], []
+        for label, cond in conds(trial):
+            z, x = drawn(trial, student, steps, cond)
+            if trial.point.straight:  # one step of the ideal, from this very noise
+                x_ideal = ideal(start(trial, z), full(z, trial.trainer.top), cond).x
+            else:
+                _, x_ideal = drawn(trial, ideal, steps, cond)
+            gaps.append((x - x_ideal).double())
+            sizes.append(x_ideal.double())
+            if label in (None, 0):
+                law = trial.teacher.oracle.law(label, trial.trainer.config.guidance)
+                made.pictures.append(Picture(steps, z, x, x_ideal, law, paired=True))
+                if steps == 1 and law is not None and len(law) == 1:
+                    _gain(made, law, z, x, tolerance)
+        size = torch.stack([one.std(dim=0).square().mean() for one in sizes]).mean().sqrt()
+        error = torch.cat(gaps).square().mean().sqrt() / size
+        made.add("map error", float(error), tolerance, steps=steps)
+        if trial.teacher.guidance != 1:
+            ends = [(gap.mean(dim=0).norm() / size) for gap in gaps]
+            made.add("guided mean", worst([float(end) for end in ends]), tolerance, steps=steps)
+    if trial.point.straight:
+        _straight(made)
+
+
+def start(trial: Trial, z: Tensor) -> Tensor:
+    """The state that sampling begins with."""
+    at = trial.trainer.process.coefs(full(z, trial.trainer.top)).expand(z)
+    return at.sigma * z
+
+
+def _gain(made: Judge, law: Mixture, z: Tensor, x: Tensor, tolerance: float) -> None:
+    """Slope of the one-step map along each axis, in units of the exact map's.
+
+    An Euler step multiplies by rho_r / rho_t cos(phi_t - phi_r), phi the angle of (alpha s, sigma),
+    and the walk by the product: the solver's bias in closed form.
+    """
+    trial = made.trial
+    assert trial.point.follow is not None
+    if trial.point.solver != "euler":
+        return
+    times = trial.point.follow(trial.trainer.top)
+    axes = torch.eye(law.dim).double() if law.axes is None else law.axes[0]
+    flat_z, flat_x = z.double() @ axes, x.double() @ axes
+    for k, std in enumerate(law.stds[0].tolist()):
+        slope = float((flat_z[:, k] * (flat_x[:, k] - flat_x[:, k].mean())).mean())
+        bias = 1.0
+        for t, r in zip(times, times[1:], strict=False):
+            bias *= math.cos(
+                angle(trial.trainer.process, t, std) - angle(trial.trainer.process, r, std)
+            )
+        made.add(f"gain, axis {k + 1}", slope / std, tolerance, expected=bias, steps=1)
+
+
+def angle(process: Process, t: float, std: float) -> float:
+    """atan2(sigma, alpha std) at a time."""
+    c = process.coefs(torch.tensor([t], dtype=torch.float64))
+    return math.atan2(float(c.sigma), float(c.alpha) * std)
+
+
+def _straight(made: Judge) -> None:
+    """Straightness of the student's paths in 32 even steps, over that of the teacher's."""
+    trial = made.trial
+    found = []
+    for den, scale in ((trial.trainer.best(), 1.0), (trial.teacher.oracle, trial.teacher.guidance)):
+        total = 0.0
+        for _, cond in conds(trial):
+            z = measure.even_normals(POINTS, trial.teacher.mixture.dim).float()
+            times = tuple(trial.trainer.top * (1 - i / 32) for i in range(33))
+            path = [start(trial, z)]
+            for t, r in zip(times, times[1:], strict=False):
+                pred = guided(den.at(t), path[-1], full(z, t), cond, scale)
+                path.append(move(pred, trial.trainer.process, full(z, r)))
+            total += measure.straightness(path)
+        found.append(total)
+    made.add("straightness, of the teacher's", found[0] / found[1], 0.1, steps=32)

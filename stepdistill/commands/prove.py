@@ -62,6 +62,8 @@ def prove(
         if file is not None and file.exists() and not overwrite:
             raise UserError(f"{file} is there already; choose another name, or give --overwrite")
     cases = plan(names, settings, teacher)
+    for folder in (out, *(file.parent for file in (json_file, markdown, bands_file) if file)):
+        folder.mkdir(parents=True, exist_ok=True)  # told now if it cannot be, not at the end
     began, outcomes = time.monotonic(), []
     for outcome in _run(cases, budget, workers or os.cpu_count() or 1):
         outcomes.append(outcome)
@@ -76,9 +78,7 @@ def prove(
         "command": " ".join(["stepdistill", *sys.argv[1:]]),
     }
     if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
         write_text(json_file, json.dumps([row.model_dump() for row in rows], indent=1) + "\n")
-    out.mkdir(parents=True, exist_ok=True)
     write_page(out / "report.html", outcomes, facts)
     if markdown is not None:
         write_markdown(markdown, outcomes, facts)

@@ -18,6 +18,7 @@ from stepdistill.trainers.base import Trainer
 
 Key = tuple[str, str, int]  # role, kind and batch of a pass
 STEPS = 6
+LONG = 1000  # steps of these runs as configured: no phase ends in the few that are taken
 
 
 def keep(made: Judge) -> None:
@@ -82,7 +83,7 @@ def miscounted(trial: Trial) -> float:
 
     Walks of the student without a graph are left out: their length is drawn.
     """
-    made = trial.build()
+    made = trial.build(steps=LONG)
     made.prepare(0)
     with counting(made) as counts:
         for at in range(STEPS):
@@ -101,11 +102,11 @@ def split_gap(trial: Trial) -> float:
     Taken after a few steps, over every turn of one step; both must draw the same choices, and
     a loss must be a mean over samples.
     """
-    whole = trial.build()
+    whole = trial.build(steps=LONG)
     for at in range(STEPS):
         step(trial, whole, at)
     updates = {name: player.updates for name, player in whole.players.items()}
-    halves = [trial.build(rank=rank, world=2) for rank in (0, 1)]
+    halves = [trial.build(steps=LONG, rank=rank, world=2) for rank in (0, 1)]
     for half in halves:
         half.load_state(STEPS, whole.state(), updates)
     worst = 0.0
@@ -135,7 +136,7 @@ def gradients(trial: Trial, made: Trainer, at: int) -> list[Tensor]:
 
 def average_gap(trial: Trial) -> float:
     """Largest difference of the student's averaged weights to a sum over its own updates."""
-    made = trial.build()
+    made = trial.build(steps=LONG)
     made.prepare(0)
     player = made.students()[-1]
     if player.ema is None:

@@ -19,7 +19,7 @@ from stepdistill.proof.trial import Trial
 POINTS = 8192
 STEPS = (1, 2, 4)  # student steps that are looked at, where the student has them
 EXACT, SMALL = 1e-3, 2e-2  # affine students of maps; small networks, and laws learnt by samples
-SHAPE = 5e-2  # shapes of small networks' laws: their fake score is a small network as well
+SHAPE = 6e-2  # shapes of small networks' laws: their fake score is a small network as well
 FEWEST = 0.75  # of a mode's weight
 
 

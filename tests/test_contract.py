@@ -14,7 +14,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils import dynamic_modules_utils
 from torch import Tensor
 
 from stepdistill.commands.export import SEEDS
@@ -168,10 +167,9 @@ def exported(folder: Path, run: Path, method: str) -> Path:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_an_export_reloaded_draws_what_the_trainer_drew(folder, whole, method, monkeypatch) -> None:
+def test_an_export_reloaded_draws_what_the_trainer_drew(folder, whole, method) -> None:
     """At every grid. The export itself compares in an interpreter without stepdistill; a trained
     teacher's folder holds half precision, and so must the trainer's weights here."""
-    monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(folder / "modules"))
     out, made = exported(folder, whole[method], method), trainer_of(whole[method])
     pipe = DiffusionPipeline.from_pretrained(out, trust_remote_code=True)
     pipe.set_progress_bar_config(disable=True)

@@ -10,6 +10,7 @@ The variable STEPDISTILL_TEST_FAULT names a fault and, after a colon, the step o
     slow:SECONDS  a checkpoint's writing takes so long; a file named saving shows it has begun
     refuse:N    the checkpoint of step N is refused by the disk
     size:BYTES  no file may grow beyond that
+    fill:N      the run's disk is full from the row of step N on; a file named filler holds it
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import os
 import resource
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +135,19 @@ def _size(number: float) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(number), int(number)))
 
 
+def _fill(number: float) -> None:
+    from stepdistill.run.log import Log
+
+    def row(original: Any, own: Log, step: int, values: Any) -> None:
+        if step == number:
+            with (own.path.parent / "filler").open("wb", buffering=0) as file, suppress(OSError):
+                while file.write(bytes(1 << 16)):
+                    pass
+        original(own, step, values)
+
+    _wrap_method(Log, "row", row)
+
+
 FAULTS: dict[str, Callable[[float], None]] = {
     "teacher": _teacher,
     "image": _image,
@@ -142,4 +157,5 @@ FAULTS: dict[str, Callable[[float], None]] = {
     "slow": _slow,
     "refuse": _refuse,
     "size": _size,
+    "fill": _fill,
 }

@@ -239,24 +239,14 @@ def test_a_disk_that_is_full_at_the_student_keeps_the_last_checkpoint(folder, wh
 
 def test_a_disk_that_is_full_at_a_row_keeps_whole_rows(folder, whole) -> None:
     disk = folder / "log-disk"
-    with limited(disk, 5 * size_of(whole)) as env:
-        if not CAN_MOUNT:
-            env = {FAULT: "size:1500"}
-        child = Child(command("sim", "log-disk/run", "checkpoint.every_steps=0"), folder, env)
-        if CAN_MOUNT:
-            child.when(lambda: len(rows(disk / "run")) >= 2)
-            try:
-                with (disk / "filler").open("wb", buffering=0) as file:
-                    while True:
-                        file.write(bytes(1 << 20))
-            except OSError:
-                pass
-        line = last_line(child.wait())
+    with limited(disk, 5 * size_of(whole)):
+        fault = "fill:3" if CAN_MOUNT else "size:1500"
+        line = last_line(broken(folder, fault, "sim", "log-disk/run", "checkpoint.every_steps=0"))
         text = (disk / "run" / "log.jsonl").read_text()
         assert text.endswith("}\n") and all(json.loads(line) for line in text.splitlines())
         if CAN_MOUNT:  # rows fit into the page that the log has, so it may be the checkpoint
             assert "could not be written: No space left on device" in line
-            (disk / "filler").unlink()
+            (disk / "run" / "filler").unlink()
             goes_on(folder, whole, "log-disk/run", "checkpoint.every_steps=0")
         else:
             assert line.startswith("log.jsonl could not be written: File too large")

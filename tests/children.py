@@ -5,6 +5,8 @@ The children run on one thread, so that equal work gives equal bits.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import multiprocessing
 import os
@@ -16,19 +18,27 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from pathlib import Path
+from typing import TypeVar
 from unittest import mock
 
-from tests import bugs, faults, kills
+from tests import bugs, faults, kills, strangers
 from tests.bugs import BUG
 from tests.faults import FAULT
 from tests.kills import KILL
+from tests.strangers import STRANGERS
 
+T = TypeVar("T")
 PRELOAD = (
+    "stepdistill.cli",
     "stepdistill.commands.train",
     "stepdistill.commands.export",
     "stepdistill.commands.evaluate",
     "stepdistill.commands.sample",
     "stepdistill.commands.prove",
+    "stepdistill.adapters.dit",
+    "stepdistill.adapters.unet",
+    "sklearn.datasets",
+    "typer.main",
     "diffusers.models.transformers.dit_transformer_2d",
     "diffusers.models.unets.unet_2d",
     "diffusers.pipelines.pipeline_utils",
@@ -79,9 +89,11 @@ class Child:
         return Done(self.process.exitcode, self._out.read_text(), self._err.read_text())
 
     def signal(self, number: int) -> None:
-        """Send a signal."""
-        assert self.process.pid is not None
-        os.kill(self.process.pid, number)
+        """Send a signal; none where the process has ended."""
+        if self.process.is_alive():
+            assert self.process.pid is not None
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.process.pid, number)
 
     def when(self, ready: Callable[[], bool], seconds: float = 120) -> None:
         """Return as soon as something is so; the test fails if the child ends without it."""
@@ -93,6 +105,7 @@ class Child:
 
 
 def _command(args: list[str], folder: Path, out: Path, err: Path, env: dict[str, str]) -> None:
+    gc.freeze()  # what was imported before the fork is neither looked through nor copied
     os.environ.update(env)
     os.chdir(folder)
     for path, stream in ((out, 1), (err, 2)):
@@ -106,6 +119,8 @@ def _command(args: list[str], folder: Path, out: Path, err: Path, env: dict[str,
         faults.install(os.environ[FAULT])
     if BUG in os.environ:
         bugs.plant(os.environ[BUG])
+    if STRANGERS in os.environ:
+        strangers.install(os.environ[STRANGERS])
 
     from stepdistill.cli import main
 
@@ -115,6 +130,23 @@ def _command(args: list[str], folder: Path, out: Path, err: Path, env: dict[str,
 def stepdistill(*args: str, folder: Path, env: Mapping[str, str] | None = None) -> Done:
     """Run a command to its end."""
     return Child(args, folder, env).wait()
+
+
+class ByMethod(dict[str, T]):
+    """What a method's tests share, such as a finished run; made when it is first asked for.
+
+    Args:
+        make: makes it for a method of that name.
+    """
+
+    def __init__(self, make: Callable[[str], T]) -> None:
+        super().__init__()
+        self._make = make
+
+    def __missing__(self, method: str) -> T:
+        """Make it."""
+        self[method] = self._make(method)
+        return self[method]
 
 
 def ranks(

@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 os.environ["OMP_NUM_THREADS"] = "1"  # before anything imports torch: equal to the last bit
 # As the command line sets it before it imports diffusers; tests that fork have it imported.
 os.environ["DIFFUSERS_VERBOSITY"] = "error"
+if "PYTEST_XDIST_WORKER" in os.environ:  # two at once do not write into one module cache
+    os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="modules-")
+    atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOT_FOLDERS = ("configs", "eval", "pipelines", "trainers")
+BY_METHOD = ("contract", "golden", "method_keys", "methods", "prove", "runs", "two_processes")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep a file's tests in one process, so that they share its fixtures; in files whose fixtures
+    are made by method, those of a method."""
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    for item in items:
+        group, call = item.path.stem.removeprefix("test_"), getattr(item, "callspec", None)
+        if call and group in BY_METHOD and "method" in call.params:
+            group += f"-{call.params['method']}"
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")

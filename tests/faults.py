@@ -7,7 +7,10 @@ The variable STEPDISTILL_TEST_FAULT names a fault and, after a colon, the step o
     gradient:N  the student's gradient is NaN at step N alone
     gradients:N from step N on
     critic:N    the critic's weights grow tenfold a step from step N on
-    slow:SECONDS  a checkpoint's writing takes so long; a file named saving shows it has begun
+    slow:SECONDS  each file of a checkpoint takes so long, the first waits for a signal before; a
+                file named saving shows it has begun
+    signal:N    step N waits for a signal: in the last process where there are several
+    shard:N     so does pair shard N
     refuse:N    the checkpoint of step N is refused by the disk
     size:BYTES  no file may grow beyond that
     fill:N      the run's disk is full from the row of step N on; a file named filler holds it
@@ -19,6 +22,7 @@ import errno
 import math
 import os
 import resource
+import signal
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -89,6 +93,7 @@ def _of_steps(bad: Callable[[int], bool], spoil: Callable[[Any], None], player: 
 
 
 def _wrap_method(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
+    """The same where the owner is a class: ``wrapper(original, self, ...)``."""
     original = getattr(owner, name)
 
     def method(self: Any, *args: Any) -> Any:
@@ -113,11 +118,70 @@ def _slow(seconds: float) -> None:
     from stepdistill.run import checkpoint
 
     def save_file(original: Any, tensors: Any, path: Path) -> None:
-        Path("saving").touch()
+        if not Path("saving").exists():
+            heard = _listen()
+            Path("saving").touch()
+            heard()
         time.sleep(seconds)
         original(tensors, path)
 
     _wrap(checkpoint, "save_file", save_file)
+
+
+def _listen() -> Callable[[], None]:
+    """From now on hear SIGTERM and SIGINT, whose handlers go on; what is given waits for one."""
+    came: list[int] = []
+    for kind in (signal.SIGTERM, signal.SIGINT):
+        _hear(kind, came)
+
+    def wait() -> None:
+        end = time.monotonic() + 60
+        while not came and time.monotonic() < end:
+            time.sleep(0.002)
+
+    return wait
+
+
+def _hear(kind: int, came: list[int]) -> None:
+    handler = signal.getsignal(kind)
+
+    def handle(number: int, frame: Any) -> None:
+        came.append(number)
+        if callable(handler):
+            handler(number, frame)
+
+    signal.signal(kind, handle)
+
+
+def _signal(number: float) -> None:
+    from stepdistill.trainers.loop import Loop
+
+    last = os.environ.get("RANK", "0") == str(int(os.environ.get("WORLD_SIZE", "1")) - 1)
+    heard: list[Callable[[], None]] = []
+
+    def begin(original: Any, loop: Any, trainer: Any, *args: Any, **keys: Any) -> None:
+        _wrap(trainer, "step", step)
+        original(loop, trainer, *args, **keys)
+
+    def step(original: Any, now: int, *args: Any) -> Any:
+        if not heard:  # now the loop has its own handlers
+            heard.append(_listen())
+        if last and now == number:
+            heard[0]()
+        return original(now, *args)
+
+    _wrap(Loop, "__init__", begin)
+
+
+def _shard(number: float) -> None:
+    from stepdistill.data import pairs
+
+    def write_bytes(original: Any, path: Path, data: bytes) -> None:
+        if path.name == f"pairs-{int(number):06d}.safetensors":
+            _listen()()
+        original(path, data)
+
+    _wrap(pairs, "write_bytes", write_bytes)
 
 
 def _refuse(number: float) -> None:
@@ -155,6 +219,8 @@ FAULTS: dict[str, Callable[[float], None]] = {
     "gradients": lambda n: _of_steps(lambda step: step >= n, _nan_gradient, "student"),
     "critic": lambda n: _of_steps(lambda step: step >= n, _explode, "critic"),
     "slow": _slow,
+    "signal": _signal,
+    "shard": _shard,
     "refuse": _refuse,
     "size": _size,
     "fill": _fill,

@@ -33,8 +33,9 @@ def write_pipeline(
     dtype: torch.dtype | None,
     overwrite: bool = False,
     check: Callable[[Path], None] | None = None,
+    routes: Sequence[int] | None = None,
 ) -> Path:
-    """Write networks and scheduler as a folder that plain diffusers loads.
+    """Write networks and scheduler as a folder that plain diffusers loads; returns ``out``.
 
     The folder holds model_index.json, model/ (model_2/ ... for experts) with config and safetensors
     weights, scheduler/, pipeline.py and README.md. It is built beside ``out`` under a temporary
@@ -52,9 +53,7 @@ def write_pipeline(
         dtype: dtype of the saved weights; None keeps each network's own.
         overwrite: replace a pipeline folder that is already there.
         check: is shown the folder before it takes its place; what it raises leaves ``out`` alone.
-
-    Returns:
-        ``out``.
+        routes: the place of each class's network, by label, where they are shared by classes.
 
     Raises:
         UserError: ``out`` is taken, or networks and scheduler do not fit together.
@@ -69,6 +68,7 @@ def write_pipeline(
         default_steps=default_steps,
         null_label=null_label,
         default_guidance=default_guidance,
+        routes=None if routes is None else {str(k): place for k, place in enumerate(routes)},
         **dict(zip(MODEL_NAMES, modules, strict=False)),
     )
     with whole_folder(out) as folder:

@@ -1,4 +1,4 @@
-"""Images from one network, or from a few that share the noise levels between them.
+"""Images from one network, or from a few that share the noise levels or the classes between them.
 
 This file needs torch and diffusers only: a copy of it travels as ``pipeline.py`` in every exported
 folder, so that ``DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`` works where
@@ -50,6 +50,8 @@ class ImagePipeline(DiffusionPipeline):
         default_steps: number of steps when none is asked for.
         null_label: the label that means "no class", needed for guidance.
         default_guidance: guidance scale when none is asked for; 1 is none.
+        routes: the network of each class where they are shared by classes: label, as text -> 0
+            for ``model``, 1 for ``model_2``, ...; the grid's own choice is left aside.
 
     Raises:
         ValueError: class names that are not unique.
@@ -72,6 +74,7 @@ class ImagePipeline(DiffusionPipeline):
         default_steps: int = 1,
         null_label: int | None = None,
         default_guidance: float = 1.0,
+        routes: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(
@@ -87,6 +90,7 @@ class ImagePipeline(DiffusionPipeline):
             default_steps=default_steps,
             null_label=null_label,
             default_guidance=default_guidance,
+            routes=None if routes is None else dict(routes),
         )
 
     @torch.no_grad()
@@ -134,7 +138,7 @@ class ImagePipeline(DiffusionPipeline):
         noise = {"generator": generator} if takes_generator else {}
         with self._eval_mode(), self.progress_bar(total=len(self.scheduler.timesteps)) as bar:
             for t in self.scheduler.timesteps:
-                h = self._predict(x_t, t, target, null, scale)
+                h = self._routed(x_t, t, target, null, scale)
                 x_t = self.scheduler.step(h, t, x_t, return_dict=False, **noise)[0]
                 bar.update()
         images = self._finish(x_t, output_type)
@@ -209,7 +213,8 @@ class ImagePipeline(DiffusionPipeline):
         if isinstance(item, (float, list)):
             raise ValueError(f"class_labels must be whole numbers or names in one row, not {item}")
         label = int(item)
-        if not 0 <= label < classes and label != self.config.null_label:
+        known = 0 <= label < classes or (label == self.config.null_label and not self._by_class())
+        if not known:
             raise ValueError(f"class label {label} is out of range: labels are 0 to {classes - 1}")
         return label
 
@@ -258,7 +263,11 @@ class ImagePipeline(DiffusionPipeline):
         x_t = latents.to(device=device, dtype=torch.float32)
         return x_t * getattr(self.scheduler, "init_noise_sigma", 1.0)
 
-    def _predict(
+    def _by_class(self) -> bool:
+        """Whether the networks share the classes between them."""
+        return self.config.get("routes") is not None
+
+    def _routed(
         self,
         x_t: torch.Tensor,
         t: torch.Tensor,
@@ -266,8 +275,29 @@ class ImagePipeline(DiffusionPipeline):
         null: torch.Tensor | None,
         scale: float,
     ) -> torch.Tensor:
-        """The network's raw output [B, C, H, W] in fp32; guided in one call of 2B."""
-        name = MODEL_NAMES[getattr(self.scheduler, "expert", 0)]
+        """The raw output [B, C, H, W], of each sample by its class's network if they are shared."""
+        if not self._by_class():
+            name = MODEL_NAMES[getattr(self.scheduler, "expert", 0)]
+            return self._predict(name, x_t, t, target, null, scale)
+        assert target is not None
+        places = [self.config.routes[str(label)] for label in target.tolist()]
+        h = torch.empty_like(x_t)
+        for place in sorted(set(places)):
+            rows = torch.tensor([i for i, k in enumerate(places) if k == place], device=x_t.device)
+            away = None if null is None else null[rows]
+            h[rows] = self._predict(MODEL_NAMES[place], x_t[rows], t, target[rows], away, scale)
+        return h
+
+    def _predict(
+        self,
+        name: str,
+        x_t: torch.Tensor,
+        t: torch.Tensor,
+        target: torch.Tensor | None,
+        null: torch.Tensor | None,
+        scale: float,
+    ) -> torch.Tensor:
+        """A network's raw output [B, C, H, W] in fp32; guided in one call of 2B."""
         model = getattr(self, name)
         if model is None:
             raise ValueError(f"this step of the grid needs {name}, which the pipeline lacks")

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from stepdistill.adapters.recompute import can_recompute
 from stepdistill.data.batch import Batch
 from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser, Experts
@@ -26,6 +27,7 @@ from stepdistill.losses.regression import clip_through
 from stepdistill.run.errors import UserError
 from stepdistill.run.player import OptimConfig, Player
 from stepdistill.run.rng import Rng
+from stepdistill.trainers.beginning import begin, recomputed, role_of
 from stepdistill.trainers.fixed_point import FixedPoint, Proof
 from stepdistill.trainers.settings import TrainConfig
 
@@ -61,12 +63,17 @@ class Pass:
             forward and backward to the input only.
         count: how many times a step, on average.
         batch: size of the batch it runs on, in batches of the config (2 where it is guided).
+        part: "whole"; "features", where the network is left after its last tap; or "tail", where
+            what lies behind the last tap has no graph.
+        taps: modules whose outputs are the features.
     """
 
     role: str
     kind: Literal["forward", "train", "input"]
     count: float = 1
     batch: int = 1
+    part: Literal["whole", "features", "tail"] = "whole"
+    taps: tuple[str, ...] = ()
 
 
 class Trainer(ABC):
@@ -89,6 +96,7 @@ class Trainer(ABC):
     needs: ClassVar[Literal["labels", "data", "pairs"]] = "labels"
     noise: NoiseSource = "predicted"
     sizes: tuple[int, ...] = (1,)
+    group = 1  # neighbours in a batch whose drawn class is one and the same
     clips: ClassVar[bool] = False
     proofs: ClassVar[Mapping[str, Proof]] = {}
 
@@ -115,6 +123,11 @@ class Trainer(ABC):
             )
         if config.clip and not self.clips:
             raise UserError(f"clip: {config.method} does not clamp its estimates; set clip=null")
+        if config.lora and config.compile:
+            raise UserError(
+                "compile: adapters on a shared network are switched between calls; set "
+                "compile=false or lora=null"
+            )
         self.config, self.teacher, self.initial = config, teacher, initial or teacher
         self.process, self.device = teacher.process, teacher.device
         self.teacher.requires_grad_(False)
@@ -122,6 +135,15 @@ class Trainer(ABC):
         self.players: dict[str, Player] = {}
         self.wrap, self.autocast = wrap, autocast
         self.setup()
+        share = config.batch_size // world
+        if share % self.group:
+            raise UserError(
+                f"batch_size={config.batch_size}: a process takes {share} samples, which do not "
+                f"fall into groups of {self.group} of one class; make it a multiple of "
+                f"{self.group * world}"
+            )
+        if config.gradient_checkpointing and can_recompute(teacher.net):
+            recomputed(teacher)  # for what is differentiated in its input
 
     # What a method supplies -----------------------------------------------------------------
 
@@ -146,18 +168,29 @@ class Trainer(ABC):
         """Times that the student samples on, by number of steps; baked into its export."""
         return {n: uniform_grid(self.process, n, self.start) for n in self.sizes}
 
-    def held(self) -> dict[str, int]:
-        """Networks held at present, by role; "average" counts those of trained weights."""
-        players = self.players.values()
-        roles = [] if any(p.denoiser is self.teacher for p in players) else ["teacher"]
-        roles += ["student" if p.name.startswith("student") else p.name for p in players]
-        roles += ["average" for p in players if p.ema is not None]
-        return dict(Counter(roles))
+    def members(self) -> list[tuple[str, Denoiser]]:
+        """All that is held at present, with roles; an "average" is one of trained weights."""
+        players = [player for player in self.players.values() if not player.frozen]
+        used = any(p.denoiser is self.teacher for p in players)
+        roles = [] if used else [("teacher", self.teacher)]
+        roles += [(role_of(p.name), p.denoiser) for p in players]
+        return roles + [("average", p.ema) for p in players if p.ema is not None]
 
     def prepare(self, step: int) -> None:
         """Make the players that exist at ``step``; called before one is resumed."""
 
     # What it gets -----------------------------------------------------------------------------
+
+    def held(self) -> dict[str, int]:
+        """Networks held at present, by role; "base" is one that nothing but adapters use."""
+        members = self.members()
+        whole = [(role, den) for role, den in members if den.lora is None]
+        bases = {id(den.net) for _, den in members} - {id(den.net) for _, den in whole}
+        return dict(Counter([role for role, _ in whole] + ["base"] * len(bases)))
+
+    def adapters(self) -> dict[str, int]:
+        """Low-rank adapters held at present, by role."""
+        return dict(Counter(role for role, den in self.members() if den.lora is not None))
 
     @cached_property
     def start(self) -> float:
@@ -179,12 +212,23 @@ class Trainer(ABC):
         ema: bool,
         total: int,
         copy: bool = True,
+        extra: nn.Module | None = None,
+        frozen: bool = False,
+        fixed: Iterable[str] = (),
     ) -> Player:
-        """Add a trained copy of ``source``, or train itself."""
+        """Add a trained copy of ``source``, an adapter on it, or train itself.
+
+        See :class:`Player`; what the config's ``lora`` names is an adapter. ``fixed`` names
+        parameters of a copy that are not trained.
+        """
         decay = self.config.ema.decay if ema else None
-        net = source.clone() if copy else source
-        player = Player(name, net, optim, total=total, ema_decay=decay)
+        net = source if frozen else begin(self.config, name, source, copy=copy)
+        if fixed:
+            net.fix(fixed)
+        player = Player(name, net, optim, total=total, ema_decay=decay, extra=extra, frozen=frozen)
         self.players[name] = player
+        if self.config.gradient_checkpointing and not frozen:
+            recomputed(net)
         if self.wrap:
             self.wrap(player)
         return player
@@ -221,12 +265,12 @@ class Trainer(ABC):
         label: Tensor | None = None,
         z: Tensor | None = None,
     ) -> Batch:
-        """This process's batch; without given labels, classes are drawn uniformly."""
+        """This process's batch; without given labels, classes are drawn uniformly, one a group."""
         size = self.config.batch_size // self.world
         index = torch.arange(self.rank * size, (self.rank + 1) * size, device=self.device)
         if label is None and self.teacher.classes:
             rng = Rng(self.config.seed).at(step)
-            label = rng.integers("label", index, len(self.teacher.classes))
+            label = rng.integers("label", index // self.group, len(self.teacher.classes))
         return Batch(index, Cond(label if self.teacher.classes else None), x, z)
 
     def shown(self, x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from stepdistill.data.batch import Batch
 from stepdistill.diffusion.guidance import guided
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Trainer
+from stepdistill.trainers.beginning import role_of
 
 
 @torch.no_grad()
@@ -38,7 +39,7 @@ def culprit(trainer: Trainer, step: int, batch: Batch) -> str | None:
             return f"the output of the teacher {name} is not finite: look at it, or at precision"
         for name, player in trainer.players.items():
             if _first(player.denoiser(x_t, t, batch.cond).x) is not None:
-                key = "critic" if name == "critic" else "optim"
+                key = "critic" if role_of(name) == "critic" else "optim"
                 return (
                     f"the output of the {name} is not finite: it diverged; go on from an earlier "
                     f"checkpoint, in a new run with a smaller {key}.lr"

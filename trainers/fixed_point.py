@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from stepdistill.diffusion.timesteps import Grid
+from stepdistill.oracles.mixture import Mixture
 
 
 @dataclass(frozen=True)
@@ -20,9 +21,13 @@ class FixedPoint:
             student inherits the bias of these steps, whole.
         solver: of the walk.
         straight: the student's own paths are straight: one step lands where many do.
+        smooth: the student is compared by derivatives in time, or at all times at once, so that
+            the small student of a proof is smooth in time.
+        tilt: from the law of the data to that whose teacher the student becomes, by a reward.
         pooled: only the moments of the images predicted at all steps of the grid together are
             given, since one fake score sees them as one; a step's own law may differ.
         levels: noise levels, beside 0, at which the student's states have the noised data's law.
+        guided: the law is that of the guided teacher, where it is guided; else the data's own.
         covers: no mode of the data may be lost on the way there.
     """
 
@@ -30,8 +35,11 @@ class FixedPoint:
     follow: Callable[[float], Grid] | None = None
     solver: Literal["euler", "heun"] = "euler"
     straight: bool = False
+    smooth: bool = False
+    tilt: Callable[[Mixture], Mixture] | None = None
     pooled: bool = False
     levels: tuple[float, ...] = ()
+    guided: bool = True
     covers: bool = False
 
 
@@ -43,8 +51,10 @@ class Proof:
         teachers: closed-form teachers that ``prove`` takes where none is named.
         keys: config keys, over the recipe of the fixed point's kind.
         effort: training steps, as a multiple of that recipe's.
+        batch: samples of a step, as a multiple of that recipe's.
     """
 
     teachers: tuple[str, ...]
     keys: Mapping[str, Any] = field(default_factory=dict)
     effort: float = 1.0
+    batch: int = 1

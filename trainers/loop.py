@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from stepdistill.adapters import lora
 from stepdistill.data.batch import Batch
 from stepdistill.run import bands, checkpoint
 from stepdistill.run.config import digest, dump
@@ -29,6 +30,7 @@ from stepdistill.trainers.culprit import culprit
 
 FREE_KEYS = ("run", "steps", "log", "sample", "eval", "checkpoint", "resume", "device", "data") + (
     "health",
+    "gradient_checkpointing",
 )
 TUNED_KEYS = ("optim", "critic", "critic_steps")  # free where a new run starts from a checkpoint
 
@@ -195,16 +197,21 @@ class Loop:
                 checkpoint.prune(self.folder, self.config.checkpoint.keep, self.best.get("name"))
 
     def finish(self) -> None:
-        """Save the averaged student as diffusers module folders: RUN/student, RUN/student_2."""
+        """Save the averaged student as diffusers module folders: RUN/student, RUN/student_2.
+
+        An adapter is merged into a plain network, and saved by itself in ``adapter`` beside it.
+        """
         with self._writing("the student"):
             for left in self.run.glob(".student*") if self.main else ():  # of a run killed here
                 shutil.rmtree(left)
             for name, player in self.trainer.players.items() if self.main else ():
                 if name.startswith("student"):
                     with whole_folder(self.run / name) as temp:
-                        net: Any = player.best.net
+                        net: Any = player.best.plain()
                         net.save_pretrained(temp, safe_serialization=True)
-                        for weights in temp.glob("*.safetensors"):  # as readable as the rest
+                        if player.best.lora is not None:
+                            lora.save(player.best.net, player.best.lora, temp / "adapter")
+                        for weights in temp.rglob("*.safetensors"):  # as readable as the rest
                             weights.chmod((temp / "config.json").stat().st_mode)
 
     def fit(self) -> None:

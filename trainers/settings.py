@@ -23,6 +23,26 @@ class EmaConfig(Section):
     decay: float = Field(0.998, ge=0, lt=1, description="share of the old average at each update")
 
 
+class LoraConfig(Section):
+    """Low-rank adapters on the teacher's network, in place of networks of the players' own."""
+
+    rank: int = Field(16, ge=1, description="rank of the product that is added to a weight")
+    alpha: float | None = Field(
+        None, gt=0, description="the product is multiplied by alpha / rank; null: alpha = rank"
+    )
+    targets: tuple[str, ...] | None = Field(
+        None,
+        min_length=1,
+        description="ends of the names of the linear and convolution layers that are adapted, such "
+        "as to_q or ff.net.2; * is anything; null: by the network's family",
+    )
+    players: tuple[Literal["student", "critic"], ...] = Field(
+        ("student", "critic"),
+        min_length=1,
+        description="which players are adapters; the others are networks of their own",
+    )
+
+
 class LogConfig(Section):
     """What is written while training."""
 
@@ -71,6 +91,17 @@ class HealthConfig(Section):
     warn: bool = Field(True, description="say once when a ratio stays outside its healthy band")
 
 
+class PairsConfig(Section):
+    """The store of pairs, made by ``stepdistill pairs`` or, where it is missing, at the start."""
+
+    path: Path | None = Field(None, description="folder of the store; RUN/pairs if null")
+    num: int = Field(10_000, ge=1, description="pairs to make")
+    steps: int = Field(32, ge=1, description="the teacher's steps for a pair")
+    seed: int = Field(0, ge=0, description="seed of the pairs' noise")
+    shard: int = Field(2048, ge=1, description="pairs in a file")
+    batch_size: int = Field(256, ge=1, description="pairs made at once")
+
+
 class TrainConfig(Section):
     """One training run."""
 
@@ -97,6 +128,15 @@ class TrainConfig(Section):
     data: DataConfig = Field(default_factory=DataConfig, description="images")
     optim: OptimConfig = Field(default_factory=OptimConfig, description="the student's optimizer")
     ema: EmaConfig = Field(default_factory=EmaConfig, description="average of the weights")
+    lora: LoraConfig | None = Field(
+        None,
+        description="train low-rank adapters on the teacher's network, which is held once; null: "
+        "whole networks",
+    )
+    gradient_checkpointing: bool = Field(
+        False,
+        description="recompute blocks in the backward pass: less memory, a forward pass more",
+    )
     log: LogConfig = Field(default_factory=LogConfig, description="rows and curves")
     sample: SampleConfig = Field(default_factory=SampleConfig, description="pictures")
     eval: EvalConfig = Field(default_factory=EvalConfig, description="figures while training")
@@ -114,3 +154,8 @@ class TrainConfig(Section):
     def guided(self) -> bool:
         """Whether the teacher is asked with guidance, which doubles its batch."""
         return self.guidance != 1
+
+    @property
+    def pair_store(self) -> PairsConfig | None:
+        """The pairs of noise and image that the run trains on, if it does."""
+        return None

@@ -12,10 +12,15 @@ from torch import Tensor, nn
 class Adapter(ABC):
     """The signature of one family of networks.
 
-    ``label_key`` names the entry of a network's config that counts its class labels.
+    ``label_key`` names the entry of a network's config that counts its class labels,
+    ``lora_targets`` the layers that low-rank adapters go to, those of them that a network has; see
+    :func:`stepdistill.adapters.lora.matches`. ``innate`` holds patterns for the names of the
+    parameters that GDD keeps as they are; empty where no rule is known.
     """
 
     label_key: ClassVar[str | None] = None
+    lora_targets: ClassVar[tuple[str, ...]] = ()
+    innate: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def __call__(
@@ -39,3 +44,11 @@ class Adapter(ABC):
     def null_label(self, net: nn.Module) -> int | None:
         """The label that means "no class", where the architecture itself fixes one."""
         return None
+
+    def taps(self, net: nn.Module) -> tuple[str, ...]:
+        """Names of modules whose outputs serve as features, about half way through."""
+        return ()
+
+    def blocks(self, net: nn.Module) -> tuple[str, ...]:
+        """Names of modules whose outputs serve as features at several depths."""
+        return self.taps(net)

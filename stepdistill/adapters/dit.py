@@ -14,6 +14,8 @@ class DiTAdapter(Adapter):
     """``net(hidden_states, timestep, class_labels)``; the label is mandatory."""
 
     label_key = "num_embeds_ada_norm"
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
+    innate = ("*.to_out.*", "*.ff.net.*")  # ours: GDD's rule knows convolutions only
 
     def __call__(
         self, call: Callable[..., Any], x: Tensor, time: Tensor, label: Tensor | None
@@ -37,3 +39,15 @@ class DiTAdapter(Adapter):
         """The row after the last class."""
         config: Any = net.config
         return int(config.num_embeds_ada_norm)
+
+    def taps(self, net: nn.Module) -> tuple[str, ...]:
+        """The middle block."""
+        config: Any = net.config
+        return (f"transformer_blocks.{(config.num_layers - 1) // 2}",)
+
+    def blocks(self, net: nn.Module) -> tuple[str, ...]:
+        """Up to four blocks, evenly spaced, the last among them."""
+        config: Any = net.config
+        count = min(4, config.num_layers)
+        places = [(k + 1) * config.num_layers // count - 1 for k in range(count)]
+        return tuple(f"transformer_blocks.{place}" for place in places)

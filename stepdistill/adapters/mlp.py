@@ -66,6 +66,7 @@ class MLPAdapter(Adapter):
     """``net(sample, timestep, class_labels)`` for vectors [B, D]."""
 
     label_key = "num_classes"
+    lora_targets = ("enter", "time.*", "mods.*", "blocks.*", "leave")
 
     def __call__(
         self, call: Callable[..., Any], x: Tensor, time: Tensor, label: Tensor | None
@@ -83,3 +84,13 @@ class MLPAdapter(Adapter):
         """The row after the last class."""
         config: Any = net.config
         return int(config.num_classes) or None
+
+    def taps(self, net: nn.Module) -> tuple[str, ...]:
+        """The middle block."""
+        config: Any = net.config
+        return (f"blocks.{(config.depth - 1) // 2}",)
+
+    def blocks(self, net: nn.Module) -> tuple[str, ...]:
+        """Every block."""
+        config: Any = net.config
+        return tuple(f"blocks.{place}" for place in range(config.depth))

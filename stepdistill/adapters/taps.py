@@ -4,14 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
+
+Tail = Literal["whole", "frozen", "none"]
+"""What becomes of the network after its last tap: it runs as it is, without a graph, or not."""
+
+
+class _EnoughError(Exception):
+    """All features are there; the rest of the network need not run."""
 
 
 @contextmanager
-def record(net: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+def record(
+    net: nn.Module, names: Sequence[str], tail: Tail = "whole"
+) -> Iterator[dict[str, Tensor]]:
     """Collect the outputs of the modules called ``names`` while the context is open.
+
+    Of several calls in it, the last one's. With ``tail="none"`` a call of the network ends the
+    context as soon as it has them all.
 
     Raises:
         ValueError: a name that the network does not have.
@@ -26,14 +39,25 @@ def record(net: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
         raise ValueError(f"{type(net).__name__} has no module {missing[0]!r} to take features from")
 
     def keep(name: str) -> Any:
-        def hook(_: nn.Module, __: Any, output: Any) -> None:
-            features[name] = output if isinstance(output, Tensor) else output[0]
+        def hook(_: nn.Module, __: Any, output: Any) -> Any:
+            kept = output if isinstance(output, Tensor) else output[0]
+            features[name] = kept
+            if tail == "whole" or len(features) < len(names):
+                return None
+            if tail == "none":
+                raise _EnoughError
+            torch.set_grad_enabled(False)
+            return output.detach() if isinstance(output, Tensor) else (kept.detach(), *output[1:])
 
         return hook
 
     handles = [modules[name].register_forward_hook(keep(name)) for name in names]
+    grad = torch.is_grad_enabled()
     try:
         yield features
+    except _EnoughError:
+        pass
     finally:
+        torch.set_grad_enabled(grad)
         for handle in handles:
             handle.remove()

@@ -14,6 +14,8 @@ class UNetAdapter(Adapter):
     """``net(sample, timestep, class_labels)``."""
 
     label_key = "num_class_embeds"
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "conv_shortcut")
+    innate = ("*.conv1.*", "*.conv2.*", "*samplers.*.conv.*", "*.to_out.*")
 
     def __call__(
         self, call: Callable[..., Any], x: Tensor, time: Tensor, label: Tensor | None
@@ -37,3 +39,13 @@ class UNetAdapter(Adapter):
                 f"UNet2DModel: class_embed_type={config.class_embed_type} is no table of labels"
             )
         return super().label_rows(net)
+
+    def taps(self, net: nn.Module) -> tuple[str, ...]:
+        """The block in the middle."""
+        return ("mid_block",)
+
+    def blocks(self, net: nn.Module) -> tuple[str, ...]:
+        """Every block of the way down, and the one in the middle."""
+        config: Any = net.config
+        down = range(len(config.down_block_types))
+        return (*(f"down_blocks.{place}" for place in down), "mid_block")

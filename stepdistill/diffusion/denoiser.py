@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from stepdistill.adapters import Adapter, adapter_for
-from stepdistill.adapters.taps import record
+from stepdistill.adapters.taps import Tail, record
+from stepdistill.diffusion.branch import Branch
 from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.heads import HEADS, Head
 from stepdistill.diffusion.process import RF, VP, Coefs, Process
@@ -68,7 +69,7 @@ class Prediction:
         return -self.z / self.c.sigma
 
 
-class Denoiser(nn.Module):
+class Denoiser(Branch):
     """A network that estimates the clean and noise parts of a noisy state.
 
     The network always runs in eval mode: dropout, and the label dropout that some backbones do by
@@ -100,7 +101,6 @@ class Denoiser(nn.Module):
         self.adapter = adapter or adapter_for(net)
         self.classes = tuple(classes)
         self.null_label = null_label
-        self._call: Callable[..., Any] | None = None
 
     def train(self, mode: bool = True) -> Denoiser:
         """Stay in eval mode; see the class."""
@@ -114,30 +114,48 @@ class Denoiser(nn.Module):
         object.__setattr__(self, "_call", call)
 
     def forward(
-        self, x_t: Tensor, t: Tensor, cond: Cond, *, taps: Sequence[str] = ()
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        cond: Cond,
+        *,
+        taps: Sequence[str] = (),
+        tail: Literal["whole", "frozen"] = "whole",
     ) -> Prediction:
         """Estimate the clean and noise parts of ``x_t`` [B, C, *S] at times ``t`` [B].
 
         With ``taps``, names of modules whose outputs are kept, the network is called itself and
-        not by its wrapper: compiled networks pass hooks over. Gradients of such a call to the
-        weights are not averaged over processes.
+        not by its wrapper: compiled networks pass hooks over. With ``tail="frozen"`` what lies
+        behind the last tap runs without a graph: gradients flow through the features alone.
         """
         x_t = x_t.float()
         c = self.process.coefs(t).expand(x_t)
+        with self.tapped(taps, tail) as features:
+            h = self.raw(x_t, t, cond)
+        return self.prediction(h, x_t, c, features)
+
+    def features(self, x_t: Tensor, t: Tensor, cond: Cond, taps: Sequence[str]) -> list[Tensor]:
+        """Outputs of the modules ``taps``; the network is left after the last of them."""
+        with self.tapped(taps, "none") as features:
+            self.raw(x_t.float(), t, cond)
+        return [features[name] for name in taps]
+
+    @contextmanager
+    def tapped(self, taps: Sequence[str], tail: Tail) -> Iterator[dict[str, Tensor]]:
+        """Calls in this context keep what the modules ``taps`` put out; see :func:`record`."""
         call = self._call
         self.route(None if taps else call)
         try:
-            with record(self.net, taps) as features:
-                h = self.raw(x_t, t, cond)
+            with record(self.net, taps, tail) as features:
+                yield features
         finally:
             self.route(call)
-        return self.prediction(h, x_t, c, features)
 
     def raw(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The network's own output h [B, C, *S], in fp32."""
         scaled = self.process.scale_input(x_t, t)
         time = self.process.network_time(t)
-        h = self.adapter(self._call or self.net, scaled, time, cond.label)
+        h = self.adapter(self.called(), scaled, time, cond.label)
         return h[:, : x_t.shape[1]].float()
 
     def prediction(
@@ -149,14 +167,6 @@ class Denoiser(nn.Module):
     def at(self, level: float) -> Denoiser:
         """The denoiser that owns the time ``level``: itself (see :class:`Experts`)."""
         return self
-
-    def clone(self) -> Denoiser:
-        """A trainable copy with the same process, head and adapter."""
-        other = copy.copy(self)
-        other._modules = dict(self._modules)
-        other.net = copy.deepcopy(self.net).requires_grad_(True)
-        other._call = None
-        return other
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
@@ -222,6 +232,11 @@ def read_index(file: Path) -> tuple[dict[str, Any], str]:
     key = next((k for k in NETWORK_KEYS if k in held), None)
     if key is None:
         raise ValueError(f"{file}: names none of the networks {', '.join(NETWORK_KEYS)}")
+    if f"{key}_2" in held:
+        raise ValueError(
+            f"{file}: several networks ({key}, {key}_2); save each as a pipeline of its own, to be "
+            "given as teacher and, where the method has it, teacher_low"
+        )
     if "scheduler" not in held:
         raise ValueError(f"{file}: names no scheduler, which tells how the network was trained")
     return index, key
@@ -303,3 +318,42 @@ class Experts(nn.Module):
         expert = self.experts[self.index_at(level)]
         assert isinstance(expert, Denoiser)
         return expert
+
+
+class Routed(Denoiser):
+    """Several denoisers of one process and head, each of which owns some classes.
+
+    Args:
+        experts: the denoisers.
+        routes: the place of each class's owner, by label.
+    """
+
+    def __init__(self, experts: Sequence[Denoiser], routes: Sequence[int]) -> None:
+        first = experts[0]
+        super().__init__(
+            first.net,
+            first.process,
+            first.head.name,
+            adapter=first.adapter,
+            classes=first.classes,
+            null_label=first.null_label,
+        )
+        self.experts, self.routes = nn.ModuleList(experts), tuple(routes)
+
+    def raw(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """See :meth:`Denoiser.raw`: every sample's by its class's owner.
+
+        Raises:
+            ValueError: samples without a class, which nobody owns.
+        """
+        label = cond.label
+        if label is None or int(label.max()) >= len(self.routes):
+            raise ValueError("students by class know no sample without one; set guidance to 1")
+        places = torch.tensor(self.routes, device=label.device)[label]
+        h = torch.empty_like(x_t, dtype=torch.float32)
+        for place, expert in enumerate(self.experts):
+            assert isinstance(expert, Denoiser)
+            (rows,) = (places == place).nonzero(as_tuple=True)
+            if len(rows):
+                h[rows] = expert.raw(x_t[rows], t[rows], cond.rows(rows))
+        return h

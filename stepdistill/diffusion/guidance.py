@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -11,7 +14,14 @@ from stepdistill.diffusion.process import expand
 
 
 def guided(
-    den: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, scale: float | Tensor = 1.0
+    den: Denoiser,
+    x_t: Tensor,
+    t: Tensor,
+    cond: Cond,
+    scale: float | Tensor = 1.0,
+    *,
+    taps: Sequence[str] = (),
+    tail: Literal["whole", "frozen"] = "whole",
 ) -> Prediction:
     """null + scale (cond - null), in the raw output; scale 1 is one plain call.
 
@@ -20,17 +30,23 @@ def guided(
     Args:
         x_t: states [B, C, *S] at times t [B].
         scale: one number, or one a sample [B].
+        taps: modules whose outputs for the condition itself are kept; see :class:`Denoiser`.
+        tail: what becomes of the network behind them.
 
     Raises:
         ValueError: guidance is asked of a network that has no "no class" label.
     """
     if not isinstance(scale, Tensor) and scale == 1:
-        return den(x_t, t, cond)  # type: ignore[no-any-return]
+        return den(x_t, t, cond, taps=taps, tail=tail)  # type: ignore[no-any-return]
     if den.null_label is None:
         raise ValueError("guidance: the teacher has no label that means 'no class'; set it to 1.0")
     null = cond.map(lambda label: torch.full_like(label, int(den.null_label or 0)))
     x_t = x_t.float()
-    both = den.raw(torch.cat([x_t, x_t]), torch.cat([t, t]), cond.stack(null))
+    with den.tapped(taps, tail) as features:
+        both = den.raw(torch.cat([x_t, x_t]), torch.cat([t, t]), cond.stack(null))
     h, h_null = both.chunk(2)
     weight = expand(scale, h) if isinstance(scale, Tensor) else scale
-    return den.prediction(h_null + weight * (h - h_null), x_t, den.process.coefs(t).expand(x_t))
+    own = {name: kept[: len(x_t)] for name, kept in features.items()}
+    return den.prediction(
+        h_null + weight * (h - h_null), x_t, den.process.coefs(t).expand(x_t), own
+    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Collection
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser, Prediction
 from stepdistill.diffusion.process import Coefs
 from stepdistill.run.rng import Rng
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 LEAST_SHARE = 0.05  # a scaled estimate is not blamed on a part that is less of the state than this
 
@@ -62,13 +65,19 @@ class Defect(Denoiser):
         """See :meth:`Denoiser.prediction`."""
         return self.inner.prediction(h, x_t, c, features)
 
-    def clone(self) -> Denoiser:
+    def clone(self) -> Self:
         """See :meth:`Denoiser.clone`; the copy has the same defect."""
+        return self._around(self.inner.clone())
+
+    def branch(self, name: str | None) -> Self:
+        """See :meth:`Denoiser.branch`; with the same defect."""
+        return self._around(self.inner.branch(name))
+
+    def _around(self, inner: Denoiser) -> Self:
         other = copy.copy(self)
         other._modules = dict(self._modules)
-        other._hold(self.inner.clone())
-        other.net = other.inner.net
-        other._call = None
+        other._hold(inner)
+        other.net, other.lora, other._call = inner.net, inner.lora, None
         return other
 
     @property

@@ -122,6 +122,17 @@ class Mixture:
             raise ValueError(f"mixture: no component of class {label!r}")
         return self.rows(torch.tensor(held, device=self.means.device))
 
+    def tilted(self, slope: Tensor) -> Mixture:
+        """The law whose density is this one's times exp(<slope, x>), with slope [D].
+
+        A component N(m, C) moves by C slope, and its share grows by exp(<m, slope> + slope' C
+        slope / 2).
+        """
+        slope = slope.to(self.means)
+        shift = self.covariances @ slope
+        odds = self.weights.log() + (self.means + shift / 2) @ slope
+        return replace(self, weights=odds.softmax(dim=0), means=self.means + shift)
+
     # Moments and samples
 
     def mean(self) -> Tensor:

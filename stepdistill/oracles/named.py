@@ -1,4 +1,4 @@
-"""Closed-form teachers by name: four that are built in, and mixtures written in YAML files."""
+"""Closed-form teachers by name: five that are built in, and mixtures written in YAML files."""
 
 from __future__ import annotations
 
@@ -86,6 +86,13 @@ def gmm2d() -> tuple[Mixture, Mixture | None, float]:
     return Mixture.of(corners, stds=0.6, weights=[0.4, 0.3, 0.2, 0.1]), None, 1.0
 
 
+def mixed() -> tuple[Mixture, Mixture | None, float]:
+    """Two classes of one covariance; "no class" is their mixture, as networks learn it."""
+    spread = [[0.5, 0.15], [0.15, 0.3]]
+    means = [[0.8, 0.5], [-0.8, -0.5]]
+    return Mixture.of(means, covariances=spread, labels=[0, 1]), None, 2.0
+
+
 def classes() -> tuple[Mixture, Mixture | None, float]:
     """Two classes and "no class", Gaussians of one covariance: guided, they stay Gaussians."""
     spread = [[0.5, 0.15], [0.15, 0.3]]
@@ -95,7 +102,7 @@ def classes() -> tuple[Mixture, Mixture | None, float]:
 
 
 BUILT_IN: dict[str, Callable[[], tuple[Mixture, Mixture | None, float]]] = {
-    made.__name__: made for made in (gaussian, gmm1d, gmm2d, classes)
+    made.__name__: made for made in (gaussian, gmm1d, gmm2d, classes, mixed)
 }
 """Built-in teachers by name; each gives mixture, null law and guidance."""
 
@@ -112,12 +119,34 @@ def read_teacher(name: str, *, process: Process | None = None, head: str = "velo
         UserError: no such teacher, or a file that does not describe one.
     """
     mixture, null, guidance = BUILT_IN[name]() if name in BUILT_IN else _from_file(name)
+    return teacher_of(name, mixture, null, guidance, process=process, head=head)
+
+
+def teacher_of(
+    name: str,
+    mixture: Mixture,
+    null: Mixture | None = None,
+    guidance: float = 1.0,
+    *,
+    process: Process | None = None,
+    head: str = "velocity",
+) -> Teacher:
+    """The teacher of a mixture; see :class:`Teacher` and :func:`read_teacher`."""
     oracle = Oracle.of(process or RF(), head, mixture, null=null)
+    return Teacher(name, oracle, mixture, null, guidance, form_at(oracle, guidance))
+
+
+def form_at(oracle: Oracle, guidance: float) -> Form:
+    """How the flow maps of a teacher guided by a scale are known: the least known of its classes'.
+
+    Args:
+        oracle: the teacher.
+        guidance: scale of classifier-free guidance; 1 is none.
+    """
     queried = range(len(oracle.classes)) if oracle.classes else [None]
     forms = {form(oracle.law(label, guidance)) for label in queried}
     order: tuple[Form, ...] = ("integral", "quantile", "gaussian")
-    kind = next(one for one in order if one in forms)
-    return Teacher(name, oracle, mixture, null, guidance, kind)
+    return next(one for one in order if one in forms)
 
 
 def _from_file(name: str) -> tuple[Mixture, None, float]:

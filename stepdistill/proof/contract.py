@@ -15,8 +15,9 @@ from stepdistill.proof.rows import Judge
 from stepdistill.proof.trial import Trial
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Trainer
+from stepdistill.trainers.beginning import role_of
 
-Key = tuple[str, str, int]  # role, kind and batch of a pass
+Key = tuple[str, str, int, str]  # role, kind, batch and part of a pass
 STEPS = 6
 LONG = 1000  # steps of these runs as configured: no phase ends in the few that are taken
 
@@ -43,26 +44,35 @@ def step(trial: Trial, made: Trainer, at: int) -> None:
 def counting(made: Trainer) -> Iterator[Counter[Key]]:
     """Count the passes of a trainer's networks by hooks while the context is open."""
     counts: Counter[Key] = Counter()
+    begun: list[str] = []  # kinds of the passes that run at present
 
-    def hook(role: str) -> Any:
-        def note(net: nn.Module, args: tuple[Any, ...], _: Any) -> None:
-            x = args[0]
-            if torch.is_grad_enabled() and any(p.requires_grad for p in net.parameters()):
-                kind = "train"
-            elif torch.is_grad_enabled() and x.requires_grad:
-                kind = "input"
-            else:
-                kind = "forward"
-            counts[role, kind, len(x) // (made.config.batch_size // made.world)] += 1
+    def enter(net: nn.Module, args: tuple[Any, ...]) -> None:
+        if torch.is_grad_enabled() and any(p.requires_grad for p in net.parameters()):
+            begun.append("train")
+        else:
+            graph = torch.is_grad_enabled() and args[0].requires_grad
+            begun.append("input" if graph else "forward")
+
+    def leave(role: str) -> Any:
+        def note(_: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+            kind, part = begun.pop(), "whole"
+            if out is None:  # left after its last tap
+                part = "features"
+            elif kind != "forward" and not torch.is_grad_enabled():
+                part = "tail"
+            size = len(args[0]) // (made.config.batch_size // made.world)
+            counts[role, kind, size, part] += 1
 
         return note
 
-    roles = {id(p.denoiser.net): (p.denoiser.net, p.name) for p in made.players.values()}
+    players = [player for player in made.players.values() if not player.frozen]
+    roles = {id(p.denoiser.net): (p.denoiser.net, p.name) for p in players}
     roles.setdefault(id(made.teacher.net), (made.teacher.net, "teacher"))
     handles = []
     for net, name in roles.values():
-        role = "student" if name.startswith("student") else name
-        handles.append(net.register_forward_hook(hook(role)))
+        role = role_of(name)
+        handles.append(net.register_forward_pre_hook(enter))
+        handles.append(net.register_forward_hook(leave(role), always_call=True))
     try:
         yield counts
     finally:
@@ -74,7 +84,7 @@ def declared(made: Trainer) -> Counter[Key]:
     """Passes of a step as the trainer says."""
     total: Counter[Key] = Counter()
     for item in made.passes():
-        total[item.role, item.kind, item.batch] += item.count  # type: ignore[assignment]
+        total[item.role, item.kind, item.batch, item.part] += item.count  # type: ignore[assignment]
     return total
 
 
@@ -84,13 +94,22 @@ def miscounted(trial: Trial) -> float:
     Walks of the student without a graph are left out: their length is drawn.
     """
     made = trial.build(steps=LONG)
-    made.prepare(0)
+    first = in_full(made)
     with counting(made) as counts:
-        for at in range(STEPS):
+        for at in range(first, first + STEPS):
             step(trial, made, at)
     expected = declared(made)
     keys = {key for key in (*counts, *expected) if key[:2] != ("student", "forward")}
     return sum(abs(counts[key] / STEPS - expected[key]) for key in keys)
+
+
+def in_full(made: Trainer) -> int:
+    """The first step in which all take their turns, some of whom begin later; made ready for."""
+    first = 0
+    while len(made.turns(first)) < len(made.turns(LONG - 1)):
+        first += 1
+    made.prepare(first)
+    return first
 
 
 # Processes ----------------------------------------------------------------------------------------
@@ -137,14 +156,16 @@ def gradients(trial: Trial, made: Trainer, at: int) -> list[Tensor]:
 def average_gap(trial: Trial) -> float:
     """Largest difference of the student's averaged weights to a sum over its own updates."""
     made = trial.build(steps=LONG)
-    made.prepare(0)
+    first = in_full(made)
     player = made.students()[-1]
     if player.ema is None:
         return 0.0
     flat = _flat(player.params)
     expected, updates = flat.clone(), 0
-    for at in range(STEPS):
+    for at in range(first, first + STEPS):
         step(trial, made, at)
+        if player.updates == updates:  # others took their turns
+            continue
         updates += 1
         decay = min(made.config.ema.decay, (1 + updates) / (10 + updates))
         expected = decay * expected + (1 - decay) * _flat(player.params)

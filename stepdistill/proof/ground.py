@@ -128,7 +128,7 @@ def prove_case(case: Case, seconds: float | None = None) -> Outcome:
         made.rows,
         [cloud(one) for one in made.pictures],
         made.notes,
-        replace(trial.point, follow=None),  # a function of the trainer, which does not travel
+        replace(trial.point, follow=None, tilt=None),  # functions, which do not travel
         log,
         round(trial.seconds, 2),
         trial.trainer.config.steps,

@@ -30,7 +30,8 @@ MOMENTS = ("mean", "spread", "W2", "mode shares")  # what pooled laws are held t
 def judge_law(made: Judge) -> None:
     """The distribution of images against the data's, whichever noise each came from."""
     trial = made.trial
-    student, scale = trial.trainer.best(), trial.trainer.config.guidance
+    student = trial.trainer.best()
+    scale = trial.trainer.config.guidance if trial.point.guided else 1.0
     for steps in looked_at(trial):
         found: list[dict[str, float]] = []
         for label, cond in conds(trial):
@@ -121,6 +122,6 @@ def _add_worst(made: Judge, found: list[dict[str, float]], steps: int) -> None:
             if trial.point.covers:
                 made.add(name, -worst([-v for v in values]), 1 - FEWEST, expected=1.0, steps=steps)
         else:
-            guided_by = trial.teacher.guidance != 1 and name == "mean"
+            guided_by = trial.point.guided and trial.teacher.guidance != 1 and name == "mean"
             tolerance = SHAPE if name.startswith(SHAPES) and not trial.affine else SMALL
             made.add("guided mean" if guided_by else name, worst(values), tolerance, steps=steps)

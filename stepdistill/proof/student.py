@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -17,7 +19,9 @@ from torch import Tensor, nn
 from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.oracles.denoiser import Oracle, OracleAdapter
 
-Kind = Literal["table", "smooth", "network"]
+Kind = Literal["table", "smooth", "series", "network"]
+
+TERMS = 8  # of a series
 
 
 class Table(nn.Module):
@@ -145,7 +149,7 @@ class Student(Denoiser):
 
     def raw(self, x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
         """See :meth:`Denoiser.raw`."""
-        return self.adapter(self._call or self.net, x_t, t, cond.label).float()
+        return self.adapter(self.called(), x_t, t, cond.label).float()
 
 
 def begin(oracle: Oracle, kind: Kind, *, fresh: bool = False, seed: int = 0) -> Student:
@@ -153,7 +157,8 @@ def begin(oracle: Oracle, kind: Kind, *, fresh: bool = False, seed: int = 0) -> 
 
     Args:
         oracle: the teacher, of samples that are vectors.
-        kind: "table" and "smooth" are affine in the state, "network" is not.
+        kind: "table", "smooth" and "series", a smooth one of more terms, are affine in the state,
+            "network" is not.
         fresh: begin from nothing, not as the teacher.
         seed: of its hidden weights.
     """
@@ -161,7 +166,13 @@ def begin(oracle: Oracle, kind: Kind, *, fresh: bool = False, seed: int = 0) -> 
     labels = len(oracle.classes) + 1 if oracle.classes else 0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        fix = {"table": Table, "smooth": Smooth, "network": Network}[kind](dim, labels)
+        kinds: dict[Kind, Callable[[int, int], nn.Module]] = {
+            "table": Table,
+            "smooth": Smooth,
+            "series": partial(Smooth, terms=TERMS),
+            "network": Network,
+        }
+        fix = kinds[kind](dim, labels)
     base = None if fresh else copy.deepcopy(oracle.net).requires_grad_(False)
     net = Corrected(base, fix, oracle.process.t_max)
     return Student(

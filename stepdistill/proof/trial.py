@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,7 +20,8 @@ from stepdistill.data.pairs import PairPlan, PairStore, make_pairs
 from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.sampler import sample
 from stepdistill.diffusion.timesteps import uniform_grid
-from stepdistill.oracles.named import Teacher
+from stepdistill.oracles.denoiser import Oracle
+from stepdistill.oracles.named import Teacher, form_at
 from stepdistill.proof.student import Kind, begin
 from stepdistill.run.log import Meter
 from stepdistill.run.rng import Rng
@@ -29,14 +31,21 @@ from stepdistill.trainers.fixed_point import FixedPoint, Proof
 
 Recipe = dict[str, Any]
 FAST = {"betas": (0.9, 0.99)}
+
+
+def opposed(lr: float) -> Recipe:
+    """A discriminator's optimizer."""
+    return {"discriminator": {"lr": lr, "betas": (0.0, 0.99)}}
+
+
 AFFINE: dict[str, Recipe] = {
     "map": {"steps": 1500, "optim": {"lr": 1e-2, **FAST}},
-    "law": {"steps": 1600, "optim": {"lr": 3e-3}, "critic": {"lr": 1e-2}},
+    "law": {"steps": 1600, "optim": {"lr": 3e-3}, "critic": {"lr": 1e-2}, **opposed(1e-2)},
     "field": {"steps": 2000, "optim": {"lr": 4e-3, **FAST}},
 }
 NETWORK: dict[str, Recipe] = {
     "map": {"steps": 4000, "optim": {"lr": 4e-3, **FAST}},
-    "law": {"steps": 3000, "optim": {"lr": 1.5e-3}, "critic": {"lr": 5e-3}},
+    "law": {"steps": 3000, "optim": {"lr": 1.5e-3}, "critic": {"lr": 5e-3}, **opposed(5e-3)},
     "field": {"steps": 2000, "optim": {"lr": 4e-3, **FAST}},
 }
 """Training by the fixed point's kind: of students that are affine, and of small networks."""
@@ -83,6 +92,14 @@ class Trial:
     seconds: float = 0.0
     rows: list[tuple[int, list[str], Tensor]] = field(default_factory=list)
 
+    @cached_property
+    def oracle(self) -> Oracle:
+        """The denoiser that the student is held against: the teacher's, or of its law tilted."""
+        own, tilt = self.teacher.oracle, self.point.tilt
+        if tilt is None:
+            return own
+        return Oracle.of(own.process, own.head.name, tilt(self.teacher.mixture))
+
     @property
     def affine(self) -> bool:
         """Whether the student can hold the answer exactly."""
@@ -94,22 +111,27 @@ def proofs(method: str) -> Mapping[str, Proof]:
     return find_trainer(method).proofs
 
 
-def run(case: Case, teacher: Teacher, seconds: float | None = None) -> Trial:
+def run(
+    case: Case, teacher: Teacher, seconds: float | None = None, *, proof: Proof | None = None
+) -> Trial:
     """Train a case to its end.
 
     Args:
         case: what to try.
         teacher: the case's teacher, read.
         seconds: how long the training may take about; its recipe's own number of steps if None.
+        proof: the setting, where it is none of the method's own.
     """
-    proof = proofs(case.method)[case.setting]
+    proof = proof or proofs(case.method)[case.setting]
     cls = find_trainer(case.method)
     point = _made(cls, teacher, proof, "table", {"steps": 100}).fixed_point
-    gaussian = teacher.kind == "gaussian"
-    kind: Kind = ("table" if point.kind == "map" else "smooth") if gaussian else "network"
+    reached = teacher.guidance if point.guided else 1.0
+    gaussian = form_at(teacher.oracle, reached) == "gaussian"
+    held: Kind = "smooth" if point.kind != "map" else "series" if point.smooth else "table"
+    kind: Kind = held if gaussian else "network"
     recipe = (AFFINE if gaussian else NETWORK)[point.kind]
     steps = round(recipe["steps"] * proof.effort)
-    batch = SHARED["batch_size"] * (CLASSES if teacher.oracle.classes else 1)
+    batch = SHARED["batch_size"] * proof.batch * (CLASSES if teacher.oracle.classes else 1)
 
     def build(**keys: Any) -> Trainer:
         own = {name: keys.pop(name) for name in ("rank", "world") if name in keys}
@@ -140,7 +162,7 @@ def run(case: Case, teacher: Teacher, seconds: float | None = None) -> Trial:
 
 
 def _filled(recipe: Recipe) -> Recipe:
-    optims = {name: OPTIM | recipe.get(name, {}) for name in ("optim", "critic")}
+    optims = {name: OPTIM | recipe.get(name, {}) for name in ("optim", "critic", "discriminator")}
     return {**SHARED, **recipe, **optims}
 
 
@@ -192,26 +214,26 @@ def _samples(made: Trainer, step: int, teacher: Teacher) -> Batch:
 
 
 def _pairs(made: Trainer, folder: Path) -> Callable[[Trainer, int], Batch]:
-    c: Any = made.config
-    oracle = made.teacher
+    pairs, guidance, oracle = made.config.pair_store, made.config.guidance, made.teacher
+    assert pairs is not None
     plan = PairPlan(
         teacher="oracle",
         precision="fp32",
-        steps=c.pairs.steps,
-        guidance=c.guidance,
-        num=c.pairs.num,
-        seed=c.pairs.seed,
+        steps=pairs.steps,
+        guidance=guidance,
+        num=pairs.num,
+        seed=pairs.seed,
         shape=oracle.sample_shape,
         classes=len(oracle.classes),
-        shard=c.pairs.shard,
+        shard=pairs.shard,
     )
-    grid = uniform_grid(oracle.process, c.pairs.steps)
+    grid = uniform_grid(oracle.process, pairs.steps)
 
     def draw(z: Tensor, cond: Cond) -> Tensor:
         with torch.no_grad():
-            return sample(oracle, z, grid, cond, guidance=c.guidance)
+            return sample(oracle, z, grid, cond, guidance=guidance)
 
-    make_pairs(folder, plan, draw, batch_size=c.pairs.batch_size, told=lambda count: None)
+    make_pairs(folder, plan, draw, batch_size=pairs.batch_size, told=lambda count: None)
     store = PairStore(folder, plan)
 
     def batch(trainer: Trainer, step: int) -> Batch:

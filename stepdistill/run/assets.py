@@ -32,8 +32,10 @@ def teacher_path(name: str) -> str:
     return name
 
 
-def load_teacher(name: str, device: torch.device | str = "cpu") -> Denoiser:
-    """The frozen teacher that a config names.
+def load_teacher(
+    name: str, device: torch.device | str = "cpu", *, key: str = "teacher"
+) -> Denoiser:
+    """The frozen teacher that a config names by ``key``.
 
     Raises:
         UserError: it cannot be found or understood.
@@ -41,9 +43,9 @@ def load_teacher(name: str, device: torch.device | str = "cpu") -> Denoiser:
     try:
         return Denoiser.from_pipeline(teacher_path(name), device=str(device))
     except UserError as error:
-        raise UserError(f"teacher={error}") from error
+        raise UserError(f"{key}={error}") from error
     except (ValueError, OSError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"teacher={name}: {first} (shipped teachers: {', '.join(TEACHERS)})"
+            f"{key}={name}: {first} (shipped teachers: {', '.join(TEACHERS)})"
         ) from error

@@ -13,7 +13,9 @@ from stepdistill.run.errors import UserError
 from stepdistill.run.player import Player
 
 IN_A_ROW = 3
-GROWS = ("critic/loss", "critic/grad_norm")
+GROWS = tuple(
+    f"critic{place}/{what}" for place in ("", "_2", "_3", "_4") for what in ("loss", "grad_norm")
+)
 
 
 class NotFinite(UserError):  # noqa: N818

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.run.errors import UserError
@@ -58,6 +57,8 @@ class Player:
         config: the optimizer.
         total: updates that the learning-rate schedule spans.
         ema_decay: decay of the moving average of its weights, or None for none.
+        extra: a module that trains along, such as an adversarial head.
+        frozen: train ``extra`` alone; the network is only used.
     """
 
     def __init__(
@@ -68,9 +69,14 @@ class Player:
         *,
         total: int,
         ema_decay: float | None = None,
+        extra: nn.Module | None = None,
+        frozen: bool = False,
     ) -> None:
         self.name, self.denoiser, self.config, self.total = name, denoiser, config, total
-        self.params: list[Tensor] = list(denoiser.net.parameters())
+        self.extra, self.frozen = extra, frozen
+        self.reduce: Callable[[list[Tensor]], None] | None = None
+        self.weights: list[Tensor] = [] if frozen else denoiser.own()
+        self.params = [*self.weights, *(extra.parameters() if extra is not None else ())]
         self.updates = 0
         self.finite: Tensor | None = None
         self.norm: Tensor | None = None
@@ -79,11 +85,13 @@ class Player:
         self.ema: Denoiser | None = None
         self.averages: list[Tensor] = []
         if ema_decay is not None:
-            self.ema = denoiser.clone()
-            self.ema.net.requires_grad_(False)
-            self.averages = list(self.ema.net.parameters())
+            self.ema = denoiser.twin(f"{name}_average")
+            self.averages = self.ema.own()
+            for average in self.averages:
+                average.requires_grad_(False)
         self.reset_optimizer()
-        denoiser.net.requires_grad_(False)
+        for param in self.params:
+            param.requires_grad_(False)
 
     def reset_optimizer(self) -> None:
         """Start the optimizer afresh, as at the beginning of a phase."""
@@ -114,6 +122,8 @@ class Player:
     def step(self) -> None:
         """Clip, check and apply the gradients; then move the average. No host sync."""
         grads = [p.grad for p in self.params if p.grad is not None]
+        if self.reduce is not None:
+            self.reduce(grads)
         self.norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
         finite = torch.isfinite(self.norm)
         self.finite = finite if self.finite is None else self.finite & finite
@@ -127,7 +137,7 @@ class Player:
         optimizer.zero_grad(set_to_none=True)
         self.updates += 1
         if self.ema is not None:
-            torch._foreach_lerp_(self.averages, self.params, self.ema_weight())
+            torch._foreach_lerp_(self.averages, self.weights, self.ema_weight())
 
     def ema_weight(self) -> float:
         """Share of the newest weights in the average; early on it counts this player's updates."""
@@ -139,18 +149,37 @@ class Player:
         """The network to sample from: the average where there is one."""
         return self.ema or self.denoiser
 
+    @torch.no_grad()
+    def follow(self, other: Player, share: float) -> None:
+        """Move the network's weights by ``share`` towards those of a player of the same shape.
+
+        Raises:
+            UserError: one of the two is an adapter, the other a network.
+        """
+        if (self.denoiser.lora is None) != (other.denoiser.lora is None):
+            raise UserError(
+                f"lora.players: the {self.name} cannot follow the {other.name} where one is an "
+                "adapter and the other a network; name both or neither"
+            )
+        torch._foreach_lerp_(self.weights, other.weights, share)
+
     def load_weights(self, source: Denoiser) -> None:
-        """Copy the weights of another network of the same shape, into the average too."""
-        state = source.net.state_dict()
-        self.denoiser.net.load_state_dict(state)
+        """Copy the weights of another network of the same shape, into the average too.
+
+        An adapter becomes what it was at first, or another adapter of its network.
+        """
+        self.denoiser.adopt(source)
         if self.ema is not None:
-            self.ema.net.load_state_dict(copy.deepcopy(state))
+            self.ema.adopt(self.denoiser)
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything a checkpoint must hold of this player, as flat names."""
-        out = {f"net.{k}": v for k, v in self.denoiser.net.state_dict().items()}
+        net = {} if self.frozen else self.denoiser.weights()
+        out = {f"net.{k}": v for k, v in net.items()}
+        if self.extra is not None:
+            out |= {f"extra.{k}": v for k, v in self.extra.state_dict().items()}
         if self.ema is not None:
-            out |= {f"ema.{k}": v for k, v in self.ema.net.state_dict().items()}
+            out |= {f"ema.{k}": v for k, v in self.ema.weights().items()}
         for i, param in enumerate(self.params):
             for key, value in self.optimizer.state.get(param, {}).items():
                 out[f"optim.{i}.{key}"] = value
@@ -166,15 +195,19 @@ class Player:
         def part(prefix: str) -> dict[str, Tensor]:
             return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
 
-        other = difference(part("net."), self.denoiser.net.state_dict())
+        net = {} if self.frozen else self.denoiser.weights()
+        other = difference(part("net."), net)
         if other is not None:
             raise UserError(
                 f"the {self.name} of the checkpoint is another network than the teacher is now: "
                 f"{other}; set teacher back to what it was, or start a new run"
             )
-        self.denoiser.net.load_state_dict(part("net."))
+        if not self.frozen:
+            self.denoiser.load(part("net."))
+        if self.extra is not None:
+            self.extra.load_state_dict(part("extra."))
         if self.ema is not None:
-            self.ema.net.load_state_dict(part("ema."))
+            self.ema.load(part("ema."))
         self.reset_optimizer()
         self.updates = updates
         for name, value in part("optim.").items():
@@ -185,7 +218,8 @@ class Player:
     def retire(self) -> None:
         """End training: keep the averaged weights alone."""
         if self.ema is not None:
-            self.denoiser.net.load_state_dict(self.ema.net.state_dict())
+            self.denoiser.adopt(self.ema)
+            self.ema.drop()
         self.ema, self.ema_decay, self.wrapper, self.averages = None, None, None, []
         self.reset_optimizer()
 

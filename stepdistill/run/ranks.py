@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from inspect import signature
@@ -84,18 +85,34 @@ class Processes:
         return context
 
     def wrap(self, player: Player) -> None:
-        """Average the player's gradients over processes, and compile it, where asked for."""
+        """Average the player's gradients over processes, and compile it, where asked for.
+
+        A player with an extra module calls its network past the wrapper, to take features from
+        it, and an adapter's network is others' too: their gradients are averaged by themselves.
+        """
         net: Any = player.denoiser.net
+        if player.extra is not None or player.denoiser.lora is not None:
+            player.reduce = self.average if self.world > 1 else None
+            return
         if self.compiled:
             net = torch.compile(net)
         if self.world > 1:
             for param in player.params:
                 param.requires_grad_(True)
             ids = [self.device.index] if self.device.type == "cuda" else None
+            # Of 1x1 convolutions, whose gradients' strides differ where they mean nothing.
+            warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
             net = DistributedDataParallel(net, device_ids=ids, **_NO_BUFFERS)
             for param in player.params:
                 param.requires_grad_(False)
         player.wrapper = None if net is player.denoiser.net else net
+
+    def average(self, grads: list[Tensor]) -> None:
+        """Put the mean over all processes into gradients, in one message."""
+        flat = torch.cat([grad.flatten() for grad in grads])
+        mean: Tensor = self.accelerator.reduce(flat, reduction="mean")
+        parts = mean.split([grad.numel() for grad in grads])
+        torch._foreach_copy_(grads, [part.view_as(g) for part, g in zip(parts, grads, strict=True)])
 
     def mean(self, value: Tensor) -> Tensor:
         """Mean of a tensor over all processes, on the CPU."""

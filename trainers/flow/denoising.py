@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -110,18 +112,29 @@ def fresh_network(config: DenoisingConfig, classes: tuple[str, ...]) -> Denoiser
     Raises:
         UserError: an unknown class, or arguments that it refuses or that do not fit the classes.
     """
+    with building(config.network, config.seed) as made:
+        return wrap_network(made(), config, classes)
+
+
+@contextmanager
+def building(network: NetworkConfig, seed: int) -> Iterator[Callable[[], nn.Module]]:
+    """A context whose value makes a network anew, by torch's generator at ``seed``.
+
+    Raises:
+        UserError: an unknown class, or arguments that it refuses, there or as they are used.
+    """
     import diffusers
 
-    kind = config.network.type
+    kind = network.type
     cls = getattr(diffusers, kind, None)
     if cls is None:
         raise UserError(f"network.type: diffusers has no class {kind}")
     if kind not in ADAPTERS:
         raise UserError(f"network.type={kind} has no adapter; known are {', '.join(ADAPTERS)}")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+        torch.manual_seed(seed)
         try:
-            return wrap_network(cls(**config.network.config), config, classes)
+            yield lambda: cls(**network.config)
         except UserError:
             raise
         except REFUSALS as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import ClassVar
 
 from pydantic import Field
@@ -14,18 +13,7 @@ from stepdistill.run.errors import UserError
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Loss, Pass, Trainer, Turn
 from stepdistill.trainers.fixed_point import FixedPoint, Proof
-from stepdistill.trainers.settings import Section, TrainConfig
-
-
-class PairsConfig(Section):
-    """The store of pairs, made by ``stepdistill pairs`` or, where it is missing, at the start."""
-
-    path: Path | None = Field(None, description="folder of the store; RUN/pairs if null")
-    num: int = Field(10_000, ge=1, description="pairs to make")
-    steps: int = Field(32, ge=1, description="the teacher's steps for a pair")
-    seed: int = Field(0, ge=0, description="seed of the pairs' noise")
-    shard: int = Field(2048, ge=1, description="pairs in a file")
-    batch_size: int = Field(256, ge=1, description="pairs made at once")
+from stepdistill.trainers.settings import PairsConfig, TrainConfig
 
 
 class ReflowConfig(TrainConfig):
@@ -34,6 +22,11 @@ class ReflowConfig(TrainConfig):
     pairs: PairsConfig = Field(default_factory=PairsConfig, description="noise and its images")
     t: Density = Field(default_factory=UShaped, description="density of training times")
     metric: ReflowMetric = Field("huber", description="l2, huber, or faded_huber (1 - t)")
+
+    @property
+    def pair_store(self) -> PairsConfig:
+        """See :attr:`TrainConfig.pair_store`."""
+        return self.pairs
 
 
 class ReflowTrainer(Trainer):

@@ -2,38 +2,72 @@
 
 Each update draws an exit j of the student's grid, walks there as inference would (without a
 graph), predicts the clean image with a graph, and moves it along the gap between a fake score,
-trained online on the student's images, and the teacher's.
+trained online on the student's images, and the teacher's. With ``regression`` it is the first DMD:
+a one-step student is also held to the images that the teacher's own walk makes of given noise.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar
 
-import torch
-from pydantic import Field
+from pydantic import Field, field_validator
+from pydantic_core import PydanticCustomError
 
 from stepdistill.data.batch import Batch
-from stepdistill.diffusion.guidance import guided
-from stepdistill.diffusion.sampler import full, sample
-from stepdistill.losses.distribution import dmd_direction
-from stepdistill.losses.regression import pull
+from stepdistill.diffusion.process import expand
+from stepdistill.diffusion.sampler import full
+from stepdistill.losses.distance import L2, Distance
+from stepdistill.run.errors import UserError
+from stepdistill.run.plug import plug
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Loss, Pass
 from stepdistill.trainers.fixed_point import FixedPoint, Proof
-from stepdistill.trainers.score.engine import Sample, ScoreConfig, ScoreTrainer
+from stepdistill.trainers.score.matching import Matching, MatchingConfig
+from stepdistill.trainers.score.rollout import GridConfig, GridTrainer
+from stepdistill.trainers.settings import PairsConfig, Section
 
 
-class DMDConfig(ScoreConfig):
+class RegressionConfig(Section):
+    """DMD's regression on pairs of noise and the teacher's image of it."""
+
+    weight: float = Field(0.25, gt=0, description="weight beside the matching")
+    metric: plug(Distance) = Field(  # type: ignore[valid-type]
+        default_factory=L2, description="distance of the student's image to the pair's"
+    )
+    pairs: PairsConfig = Field(default_factory=PairsConfig, description="noise and its images")
+
+    @field_validator("metric", mode="before")
+    @classmethod
+    def _no_lpips(cls, value: Any) -> Any:
+        if (value.get("kind") if isinstance(value, dict) else value) == "lpips":
+            raise PydanticCustomError(
+                "lpips",
+                "needs a pretrained network, which is not part of stepdistill; take l2 or "
+                "pseudo_huber",
+            )
+        return value
+
+
+class DMDConfig(GridConfig, MatchingConfig):
     """Settings of ``dmd``."""
 
-    student_steps: int = Field(1, ge=1, description="steps of the student's grid")
-    noise: Literal["fresh", "predicted"] = Field(
-        "fresh", description="what the sampler's steps end with, in training and in the export"
+    regression: RegressionConfig | None = Field(
+        None, description="regression on the teacher's pairs, for one-step students; null: none"
     )
 
+    @property
+    def pair_store(self) -> PairsConfig | None:
+        """See :attr:`TrainConfig.pair_store`."""
+        return self.regression.pairs if self.regression else None
 
-class DMDTrainer(ScoreTrainer):
-    """The score part of DMD2 (Yin et al. 2024), spec 5.4; the adversarial part is not in it."""
+
+class DMDTrainer(Matching, GridTrainer):
+    """The score part of DMD2 (Yin et al. 2024), spec 5.4; ``dmd2`` adds the adversarial part.
+
+    The regression is that of DMD (Yin et al. 2023), spec 5.3. Here: its distance is taken in
+    pixels, where the paper has LPIPS, which needs a pretrained network; and matching and
+    regression see one batch of labels, the pairs', where the paper draws a smaller one for it.
+    """
 
     Config = DMDConfig
     config: DMDConfig
@@ -41,58 +75,68 @@ class DMDTrainer(ScoreTrainer):
     proofs: ClassVar = {
         "one step": Proof(("gaussian", "gmm2d", "classes")),
         "two steps": Proof(("gaussian",), {"student_steps": 2}),
+        "regression": Proof(
+            ("gaussian",),
+            {"regression": {"pairs": {"num": 4096, "steps": 128, "batch_size": 4096}}},
+            effort=0.5,
+        ),
     }
-
-    def setup(self) -> None:
-        """See :meth:`ScoreTrainer.setup`."""
-        super().setup()
-        self.sizes = (self.config.student_steps,)
-        self.noise = self.config.noise
 
     @property
     def fixed_point(self) -> FixedPoint:
         """The data's law: of the one step, or of the images at all exits of the grid together.
 
         The fake score is one for all exits, so it holds their mixture to the data and does not
-        see where two of them miss it in opposite ways.
+        see where two of them miss it in opposite ways. Regression alone leads to the teacher's
+        map, whose law is the data's up to the bias of the pairs' steps.
         """
         return FixedPoint("law", pooled=self.config.student_steps > 1)
 
-    def generate(self, batch: Batch, rng: Rng, *, exact: bool) -> Sample:
-        """The clean image predicted at one exit of the grid, the same on every process."""
-        (grid,) = self.grids().values()
-        exit_at = rng.integer("exit", self.config.student_steps)
-        student = self.denoiser("student")
-        with torch.no_grad():
-            x_t = sample(
-                student,
-                self.z(batch, rng),
-                grid,
-                batch.cond,
-                noise=self.noise,
-                clip=self.config.clip,
-                fresh=lambda i: self.z(batch, rng, f"fresh-{i}"),
-                stop=exit_at,
-            )
-        x = self.shown(student(x_t, full(x_t, grid[exit_at]), batch.cond).x)
-        return Sample(x, 0.0, x)
+    def setup(self) -> None:
+        """See :meth:`GridTrainer.setup`.
 
-    def compare(self, made: Sample, batch: Batch, rng: Rng) -> Loss:
-        """Pull the image along the normalised gap of the two clean estimates."""
-        x = made.x.detach()
-        t = self.times(self.config.student_t, made.level, batch, rng)
-        x_t = self.process.noise(x, self.z(batch, rng, "e"), t)
-        with torch.no_grad():
-            fake = self.denoiser("critic")(x_t, t, batch.cond).x
-            real = guided(self.teacher, x_t, t, batch.cond, self.config.guidance).x
-        loss = pull(made.x, dmd_direction(fake, real, made.reference.detach())).mean()
-        logs = {"gap": (fake - real).abs().mean(), "direction": loss}
-        return Loss(loss, logs | self.vitals(made, fake, real, t))
+        Raises:
+            UserError: regression of a student that is not one step from pure noise, or beside
+                an adversarial head.
+        """
+        super().setup()
+        c = self.config
+        if c.regression is None:
+            return
+        if c.student_steps > 1:
+            raise UserError(
+                f"student_steps={c.student_steps}: regression is for one-step students; set "
+                "student_steps=1 or regression=null"
+            )
+        if self.start != 1:
+            raise UserError(
+                f"start={self.start:g}: regression is on pairs from pure noise; set start=1, or "
+                "regression=null"
+            )
+        if c.adversary is not None:
+            raise UserError(
+                "adversary: a batch holds data or pairs, not both; set adversary=null or "
+                "regression=null"
+            )
+        self.needs = "pairs"  # type: ignore[misc]
+
+    def student_loss(self, batch: Batch, rng: Rng) -> Loss:
+        """The matching and, on top, the regression on the batch's pairs."""
+        matched, regression = super().student_loss(batch, rng), self.config.regression
+        if regression is None:
+            return matched
+        assert batch.x is not None and batch.z is not None
+        top = full(batch.z, self.top)
+        x_t = expand(self.process.coefs(top).sigma, batch.z) * batch.z
+        x = self.shown(self.denoiser("student")(x_t, top, batch.cond).x)
+        distance = regression.metric(x - batch.x).mean()
+        value = matched.value + regression.weight * distance
+        return Loss(value, matched.logs | {"regression": distance})
 
     def passes(self) -> list[Pass]:
-        """Those of the engine, and the walk to the exit."""
-        walk = (self.config.student_steps - 1) / 2 * self.config.critic_steps
-        return super().passes() + ([Pass("student", "forward", walk)] if walk else [])
+        """Those of the grid, and one of the student on the pairs."""
+        more = [Pass("student", "train")] if self.config.regression else []
+        return super().passes() + more
 
 
 TRAINER = DMDTrainer

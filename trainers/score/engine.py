@@ -1,12 +1,15 @@
 """What the score-distillation methods share: a student, a fake score, and how they take turns.
 
 The student's turn comes first; the fake score's first turn trains on the very samples that it
-made (as DMD2 does), any further ones on fresh samples.
+made (as DMD2 does), any further ones on fresh samples. A discriminator, where there is one, reads
+features of passes that are made anyway and trains in the fake score's turns.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,15 +18,25 @@ from pydantic import Field
 from torch import Tensor
 
 from stepdistill.data.batch import Batch
+from stepdistill.diffusion.cond import Cond
+from stepdistill.diffusion.denoiser import Denoiser, Prediction
+from stepdistill.diffusion.guidance import guided
 from stepdistill.diffusion.heads import HEADS
 from stepdistill.diffusion.sampler import full
 from stepdistill.diffusion.timesteps import Density, LogitNormal, Uniform
 from stepdistill.losses.distribution import Renoise
+from stepdistill.losses.guides import Guide, Teacher
+from stepdistill.losses.terms import Term, added, largest
+from stepdistill.run.errors import UserError
 from stepdistill.run.player import OptimConfig
+from stepdistill.run.plug import plug
 from stepdistill.run.ratios import gap_parts, sample_parts
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Loss, Pass, Trainer, Turn
+from stepdistill.trainers.score.adversary import Adversary, AdversaryConfig
 from stepdistill.trainers.settings import TrainConfig
+
+NULL_SHARE = 0.1  # of the labels that a guided fake score trains without, where none is given
 
 
 class ScoreConfig(TrainConfig):
@@ -34,6 +47,12 @@ class ScoreConfig(TrainConfig):
         description="the fake score's optimizer",
     )
     critic_steps: int = Field(1, ge=1, description="fake-score updates a student update")
+    critic_first: int = Field(
+        0, ge=0, description="steps at the start in which the fake score trains alone"
+    )
+    critic_follows: float = Field(
+        0.0, ge=0, lt=1, description="share by which it moves to the student's weights each step"
+    )
     student_t: Density = Field(
         default_factory=lambda: Uniform(low=0.02, high=0.98),
         description="times at which student and teacher are compared",
@@ -44,6 +63,34 @@ class ScoreConfig(TrainConfig):
     critic_weight: Literal["ratio", "clamp", "none"] = Field(
         "ratio", description="weight of the fake score's loss near the sample's own level"
     )
+    critic_drop: float | None = Field(
+        None, ge=0, lt=1, description="share of labels it trains without; null: 0.1 if guided"
+    )
+    guide: plug(Guide) = Field(  # type: ignore[valid-type]
+        default_factory=Teacher, description="how teacher and fake score are guided"
+    )
+    recompute: bool = Field(
+        False,
+        description="make the student's sample twice, first without a graph: one more forward, "
+        "and never two networks' activations at a time",
+    )
+    adversary: AdversaryConfig | None = Field(
+        None, description="an adversarial head beside the scores, which needs data; null: none"
+    )
+
+    terms: tuple[plug(Term), ...] = Field(  # type: ignore[valid-type]
+        (), description="what is added to the student's loss on its clean samples, such as a reward"
+    )
+
+    @property
+    def guided(self) -> bool:
+        """See :attr:`TrainConfig.guided`."""
+        return bool(self.guide.on(self.guidance))
+
+    @property
+    def guides_fake(self) -> bool:
+        """Whether the fake score is guided, asked or trained, and so must know "no class"."""
+        return bool(self.guide.on_fake(self.guidance) or self.guide.trained() != 1)
 
 
 @dataclass(frozen=True)
@@ -61,27 +108,76 @@ class Sample:
     reference: Tensor
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What fake score and teacher say of the noised sample.
+
+    Args:
+        fake: the fake score's estimates, guided if it is.
+        real: the teacher's.
+        features: what the discriminator reads, part of the graph; empty if there is none.
+    """
+
+    fake: Prediction
+    real: Prediction
+    features: Sequence[Tensor]
+
+
 class ScoreTrainer(Trainer):
     """Student and fake score in turns; a method adds ``generate`` and ``compare``."""
 
     config: ScoreConfig
     shared: Sample | None = None
+    adversary: Adversary | None = None
+    opposed = True  # where there is an adversary: whether it takes part at present
 
     def setup(self) -> None:
-        """Student and fake score both start as the teacher."""
+        """Student and fake score both start as the teacher.
+
+        Raises:
+            UserError: the fake score is to be guided and has no label that means "no class".
+        """
         c = self.config
+        if c.guides_fake and self.teacher.null_label is None:
+            raise UserError(
+                f"guide: {c.guide.kind} guides the fake score, and the teacher has no label that "
+                "means 'no class'; set guide=teacher"
+            )
+        self.group = largest(c.terms)
         self.add_player("student", self.initial, c.optim, ema=True, total=c.steps)
-        self.add_player("critic", self.initial, c.critic, ema=False, total=c.steps * c.critic_steps)
+        if c.adversary is not None:
+            self.needs = "data"  # type: ignore[misc]
+            self.adversary = Adversary(c.adversary, self.teacher, self.initial, c.seed)
+        self.add_player(
+            "critic",
+            self.initial,
+            c.critic,
+            ema=False,
+            total=c.steps * c.critic_steps,
+            extra=self.adversary.net if self.adversary else None,
+        )
 
     def turns(self, step: int) -> list[Turn]:
         """The student once, then the fake score ``critic_steps`` times."""
-        critic = [Turn("critic", self.critic_loss)] * self.config.critic_steps
-        return [Turn(self.active, self.student_loss), *critic]
+        c = self.config
+        self.opposed = self.adversary is None or step >= self.adversary.config.from_step
+        critic = [Turn(self.fake, self.critic_loss)] * c.critic_steps
+        return ([Turn(self.active, self.student_loss)] if step >= c.critic_first else []) + critic
 
     @property
     def active(self) -> str:
         """Name of the player that is the student at present."""
         return "student"
+
+    @property
+    def fake(self) -> str:
+        """Name of the player that is the fake score at present."""
+        return "critic"
+
+    @property
+    def target(self) -> Denoiser:
+        """What the student is compared with: the teacher, or another, which is not guided."""
+        return self.teacher
 
     @abstractmethod
     def generate(self, batch: Batch, rng: Rng, *, exact: bool) -> Sample:
@@ -91,31 +187,169 @@ class ScoreTrainer(Trainer):
     def compare(self, made: Sample, batch: Batch, rng: Rng) -> Loss:
         """The student's loss on its sample."""
 
+    # The student's turn -----------------------------------------------------------------------
+
     def student_loss(self, batch: Batch, rng: Rng) -> Loss:
         """Generate with a graph, compare, and leave the sample for the fake score."""
+        if self.config.recompute:
+            return self.recomputed(batch, rng)
         made = self.generate(batch, rng, exact=False)
         self.shared = self.hand_over(made)
-        return self.compare(made, batch, rng)
+        return self.with_terms(self.compare(made, batch, rng), made, batch)
+
+    def recomputed(self, batch: Batch, rng: Rng) -> Loss:
+        """The same loss in two stages: its gradient in the sample, then the sample once more."""
+        with torch.no_grad():
+            seen = self.generate(batch, rng, exact=False)
+        self.shared = self.hand_over(seen)
+        leaf = seen.x.detach().requires_grad_()
+        made = Sample(leaf, seen.level, seen.reference)
+        loss = self.with_terms(self.compare(made, batch, rng), made, batch)
+        (push,) = torch.autograd.grad(loss.value, leaf)
+        made = self.generate(batch, rng, exact=False)
+        return Loss((made.x * push).sum(), loss.logs)
+
+    def with_terms(self, loss: Loss, made: Sample, batch: Batch) -> Loss:
+        """A comparison's loss, and the config's terms on the clean sample."""
+        x = made.reference if made.level else made.x
+        value, logs = added(self.config.terms, x, batch.cond.label)
+        return Loss(loss.value + value, loss.logs | logs) if logs else loss
 
     def hand_over(self, made: Sample) -> Sample | None:
         """The student's sample as the fake score may train on it, or None to make another."""
         return Sample(made.x.detach(), made.level, made.reference.detach())
 
+    def ask(self, x_t: Tensor, t: Tensor, batch: Batch, rng: Rng, *, graph: bool) -> Asked:
+        """Ask fake score and teacher about x_t [B, ...] at times t [B], each in one pass.
+
+        With ``graph``, gradients flow through both to x_t; without, through the discriminator's
+        features alone.
+        """
+        c, cond = self.config, batch.cond
+        scale_real, scale_fake = c.guide.scales(c.guidance, rng.uniform("guide", batch.index))
+        if self.target is not self.teacher:
+            scale_real = 1.0
+        own, theirs = self.taps()
+        found = []
+        for den, scale, taps in (
+            (self.denoiser(self.fake), scale_fake, own),
+            (self.target, scale_real, theirs),
+        ):
+            with nullcontext() if graph or taps else torch.no_grad():
+                tail: Literal["whole", "frozen"] = "whole" if graph else "frozen"
+                found.append(guided(den, x_t, t, cond, scale, taps=taps, tail=tail))
+        features: Sequence[Tensor] = ()
+        if self.adversary and self.opposed:
+            features = self.adversary.read(x_t, t, *(pred.features for pred in found))
+        return Asked(found[0], found[1], features)
+
+    def oppose(
+        self, asked: Asked, t: Tensor, batch: Batch, rng: Rng, weight: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The discriminator's loss for the student, weighted, and its logits [B, K].
+
+        ``weight`` [B] is of each sample, 1 if left out.
+        """
+        adversary = self.adversary
+        assert adversary is not None
+        logits, real = adversary.net(asked.features), None
+        if adversary.config.loss.compares:
+            with torch.no_grad():
+                real = adversary.net(self.real_features(t, batch, rng))
+        each = adversary.config.loss.student(logits, real)
+        loss = (each if weight is None else each * weight[:, None]).mean()
+        return adversary.config.student * loss, logits
+
+    def taps(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Modules of fake score and teacher that the discriminator reads at present."""
+        return self.adversary.taps() if self.adversary and self.opposed else ((), ())
+
+    # The fake score's turn --------------------------------------------------------------------
+
     def critic_loss(self, batch: Batch, rng: Rng) -> Loss:
         """Denoising score matching on the student's samples."""
-        made, self.shared = self.shared, None
+        c, made, self.shared = self.config, self.shared, None
+        critic = self.denoiser(self.fake)
+        if made is not None and c.critic_follows:
+            self.players[self.fake].follow(self.players[self.active], c.critic_follows)
         if made is None:
             with torch.no_grad():
                 made = self.generate(batch, rng, exact=True)
-        critic = self.denoiser("critic")
-        t = self.times(self.config.critic_t, made.level, batch, rng)
+        t = self.times(c.critic_t, made.level, batch, rng)
         kernel = self.kernel(made.x, made.level, t)
         e = self.z(batch, rng, "critic-e")
-        h = critic.raw(kernel.state(made.x, e), t, batch.cond)
+        x_t, cond = kernel.state(made.x, e), self.dropped(batch, rng)
+        pred = guided(critic, x_t, t, cond, c.guide.trained(), taps=self.taps()[0])
         target = kernel.target(critic.head, made.x, e, self.process.sigma_data)
-        error = kernel.weight(self.config.critic_weight) * (h - target) ** 2
+        error = kernel.weight(c.critic_weight) * (pred.h - target) ** 2
         loss = error.mean()
-        return Loss(loss, {"loss": loss})
+        logs = {"loss": loss}
+        if self.adversary and self.opposed:
+            against = self.discriminate(x_t, e, t, pred, batch, rng)
+            logs["discriminator"] = against
+            loss = loss + self.adversary.config.critic * against
+        return Loss(loss, logs)
+
+    def discriminate(
+        self, x_t: Tensor, e: Tensor, t: Tensor, pred: Prediction, batch: Batch, rng: Rng
+    ) -> Tensor:
+        """The discriminator's own loss at the fake score's states and times."""
+        adversary = self.adversary
+        assert adversary is not None
+        fake = adversary.net(self.features_at(x_t, t, batch, pred))
+        features = self.real_features(t, batch, rng, e)
+        real = adversary.net(features)
+        loss: Tensor = adversary.config.loss.critic(real, fake).mean()
+        if adversary.config.r1:
+            near = self.real_features(t, batch, rng, e, adversary.config.r1_noise)
+            loss = loss + adversary.config.r1 * (real - adversary.net(near)).square().mean()
+        return loss
+
+    def features_at(
+        self, x_t: Tensor, t: Tensor, batch: Batch, pred: Prediction | None = None
+    ) -> Sequence[Tensor]:
+        """What the discriminator reads of x_t, from a pass of the fake score if there is one."""
+        adversary, (own, theirs) = self.adversary, self.taps()
+        assert adversary is not None
+        with nullcontext() if own else torch.no_grad():
+            kept = pred.features if pred is not None and own else {}
+            for den, names in ((self.denoiser(self.fake), own), (self.teacher, theirs)):
+                if names and not kept:
+                    found = den.features(x_t, t, batch.cond, names)
+                    kept = dict(zip(names, found, strict=True))
+            return adversary.read(x_t, t, kept)
+
+    def real_features(
+        self, t: Tensor, batch: Batch, rng: Rng, e: Tensor | None = None, near: float = 0.0
+    ) -> Sequence[Tensor]:
+        """What the discriminator reads of the data, noised to times t.
+
+        Args:
+            t: times [B].
+            e: the fake sample's noise, taken where the config says ``same_noise``.
+            near: spread of more noise on top, for the approximate R1 penalty.
+        """
+        adversary = self.adversary
+        assert adversary is not None and batch.x is not None
+        if e is None or not adversary.config.same_noise:
+            e = self.z(batch, rng, "real-e")
+        x_t = self.process.noise(batch.x, e, t)
+        if near:
+            x_t = x_t + near * self.z(batch, rng, "r1")
+        return self.features_at(x_t, t, batch)
+
+    def dropped(self, batch: Batch, rng: Rng) -> Cond:
+        """The batch's condition, with a share of the labels turned to "no class"."""
+        c, null = self.config, self.teacher.null_label
+        drop = c.critic_drop
+        if drop is None:
+            drop = NULL_SHARE if c.guides_fake else 0.0
+        if not drop or null is None:
+            return batch.cond
+        lost = rng.uniform("drop", batch.index) < drop
+        return batch.cond.map(lambda label: label.masked_fill(lost, null))
+
+    # Shared pieces ----------------------------------------------------------------------------
 
     def vitals(
         self, made: Sample, fake: Tensor, real: Tensor, t: Tensor, e: Tensor | None = None
@@ -145,14 +379,21 @@ class ScoreTrainer(Trainer):
         at_s = self.process.coefs(full(x, level)).expand(x)
         return Renoise(at_s, self.process.coefs(t).expand(x))
 
+    # Cost -------------------------------------------------------------------------------------
+
     def passes(self) -> list[Pass]:
-        """One-step generation, two frozen passes of the comparison, and the fake score's own."""
+        """One-step generation, the passes of the comparison, and the fake score's own."""
         c = self.config
-        more = [Pass("student", "forward", c.critic_steps - 1)] if c.critic_steps > 1 else []
-        return [
-            Pass("student", "train"),
-            Pass("critic", "forward"),
+        fakes = 2 if c.guide.on_fake(c.guidance) else 1
+        trained = 1 if c.guide.trained() == 1 else 2
+        asked = [
+            Pass("critic", "forward", 1, fakes),
             Pass("teacher", "forward", 1, 2 if c.guided else 1),
-            Pass("critic", "train", c.critic_steps),
-            *more,
         ]
+        fresh = c.critic_steps - 1 + (1 if c.recompute else 0)
+        more = [Pass("student", "forward", fresh)] if fresh else []
+        more = [Pass("critic", "train", c.critic_steps, trained), *more]
+        if self.adversary and self.opposed:
+            asked, own = self.adversary.passes(asked, c.critic_steps)
+            more += own
+        return [Pass("student", "train"), *asked, *more]

@@ -5,6 +5,13 @@ Expert k maps samples at l_(k-1) to samples at l_k in a few Euler steps and matc
 distribution at the noisier levels above l_k, where both they and the data can be noised further.
 The fake score of such intermediate samples learns from an unbiased target
 (:class:`stepdistill.losses.distribution.Renoise`) and starts anew from the teacher in every phase.
+
+A teacher may be a mixture of two experts itself, split at a border of the phases. Then student and
+fake score of a phase begin as the expert that owns the phase's levels, and each comparison draws
+its times on one side of the border, by the share that the side has of all times, and asks the
+expert that owns them. Here: the fake score of the cleaner phases is one network for all times above
+its level, and the noisier side's are new to it. LightX2V's training of both regions at once, its
+diversity loss and its term on real data are left out.
 """
 
 from __future__ import annotations
@@ -16,22 +23,26 @@ from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 from torch import Tensor
 
+from stepdistill.adapters.recompute import can_recompute
 from stepdistill.data.batch import Batch
 from stepdistill.diffusion.denoiser import Denoiser, Experts
-from stepdistill.diffusion.guidance import guided
 from stepdistill.diffusion.process import expand
 from stepdistill.diffusion.sampler import full, move
-from stepdistill.diffusion.timesteps import Grid
-from stepdistill.losses.distribution import dmd_direction
-from stepdistill.losses.regression import pull
+from stepdistill.diffusion.split import Split
+from stepdistill.diffusion.timesteps import Density, Grid
+from stepdistill.run.assets import load_teacher
 from stepdistill.run.errors import UserError
 from stepdistill.run.player import Player
 from stepdistill.run.rng import Rng
+from stepdistill.run.xformers import enable_xformers
 from stepdistill.trainers.base import Loss, Pass
+from stepdistill.trainers.beginning import recomputed
 from stepdistill.trainers.fixed_point import FixedPoint, Proof
-from stepdistill.trainers.score.engine import Sample, ScoreConfig, ScoreTrainer
+from stepdistill.trainers.score.engine import Sample
+from stepdistill.trainers.score.matching import Matching, MatchingConfig
 
 MOST_PHASES = 4  # an exported pipeline holds as many networks
+WHOLE = (0.0, 1.0)  # of a density's uniform numbers
 
 
 def _falling(levels: tuple[float, ...]) -> tuple[float, ...]:
@@ -46,7 +57,7 @@ def _falling(levels: tuple[float, ...]) -> tuple[float, ...]:
 Levels = Annotated[tuple[float, ...], AfterValidator(_falling)]
 
 
-class PhasedDMDConfig(ScoreConfig):
+class PhasedDMDConfig(MatchingConfig):
     """Settings of ``phased_dmd``."""
 
     levels: Levels = Field((1.0, 0.6, 0.0), description="bounds of the phases, from noise to clean")
@@ -54,18 +65,34 @@ class PhasedDMDConfig(ScoreConfig):
     critic_rollout: bool = Field(
         True, description="train the fake score on whole rollouts, not on the truncated ones"
     )
+    margin: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of the times above a phase's lower level, where it is not clean, that "
+        "student and fake score keep off it; beside critic_weight, against targets of noise alone",
+    )
+    teacher_low: str | None = Field(
+        None,
+        description="the teacher of the levels up to teacher_boundary, where it is another "
+        "network; named as teacher is",
+    )
+    teacher_boundary: float | None = Field(
+        None, gt=0, description="the level above which teacher is asked; a border of the phases"
+    )
 
 
-class PhasedDMDTrainer(ScoreTrainer):
+class PhasedDMDTrainer(Matching):
     """Phased DMD (spec 5.5); with one phase of one step it is ``dmd`` bit for bit."""
 
     Config = PhasedDMDConfig
     config: PhasedDMDConfig
     phase = 0
+    part = WHOLE
     proofs: ClassVar = {
         "two phases": Proof(("gaussian", "gmm2d", "classes"), {"phase_steps": 1}, effort=1.5),
         "three phases": Proof(
-            ("gaussian",), {"levels": (1.0, 0.7, 0.35, 0.0), "phase_steps": 2}, effort=2.0
+            ("gaussian",), {"levels": (1.0, 0.7, 0.35, 0.0), "phase_steps": 1}, effort=1.5
         ),
     }
 
@@ -78,8 +105,11 @@ class PhasedDMDTrainer(ScoreTrainer):
         """The first expert and its fake score.
 
         Raises:
-            UserError: levels that do not begin at the start, or a phase without a step.
+            UserError: levels that do not begin at the start, a phase without a step, or a second
+                teacher that does not fit.
         """
+        self.shares: dict[float, float] = {}
+        self._split_teacher()
         super().setup()
         levels = self.config.levels
         if abs(levels[0] / self.top - 1) > 1e-6:
@@ -98,6 +128,45 @@ class PhasedDMDTrainer(ScoreTrainer):
         for player in self.players.values():
             player.total = player.total // self.config.steps * self.phase_length
 
+    def _split_teacher(self) -> None:
+        """Join the teacher and ``teacher_low``, if there is one, to one that knows both's levels.
+
+        Raises:
+            UserError: one of its keys alone, no such teacher, or one that does not fit.
+        """
+        c = self.config
+        if (c.teacher_low is None) != (c.teacher_boundary is None):
+            raise UserError("teacher_low and teacher_boundary go together; set both, or neither")
+        if c.teacher_low is None or c.teacher_boundary is None:
+            return
+        if all(abs(level - c.teacher_boundary) > 1e-6 for level in c.levels[1:-1]):
+            raise UserError(
+                f"levels={list(c.levels)} has no border at teacher_boundary={c.teacher_boundary:g}:"
+                " a phase on both sides would have two experts to begin as; put it among the levels"
+            )
+        if c.adversary is not None and c.adversary.features == "teacher":
+            raise UserError(
+                "adversary.features: with teacher_low the teacher has two networks to read; set "
+                "adversary.features=critic"
+            )
+        low = load_teacher(c.teacher_low, self.device, key="teacher_low")
+        low.requires_grad_(False)
+        if c.gradient_checkpointing and can_recompute(low.net):
+            recomputed(low)
+        if c.xformers:
+            enable_xformers(low.net, self.device)
+        try:
+            self.teacher = Split(self.teacher, low, c.teacher_boundary)
+        except ValueError as error:
+            raise UserError(f"teacher_low={c.teacher_low}: {error}") from error
+
+    def owner(self, phase: int) -> Denoiser:
+        """What the players of a phase begin as: the teacher, or its expert for their levels."""
+        first = self.initial
+        if isinstance(self.teacher, Split) and self.config.levels[phase] <= self.teacher.boundary:
+            first = self.teacher.part(1)
+        return first
+
     @property
     def active(self) -> str:
         """The expert of the present phase."""
@@ -111,13 +180,18 @@ class PhasedDMDTrainer(ScoreTrainer):
     def _next_phase(self) -> None:
         """Freeze the expert at its averaged weights; a new one and the fake score start over."""
         self.players[self.active].retire()
+        before, first = self.owner(self.phase), self.owner(self.phase + 1)
         self.phase += 1
-        self.add_player(
-            self.active, self.initial, self.config.optim, ema=True, total=self.phase_length
-        )
+        self.add_player(self.active, first, self.config.optim, ema=True, total=self.phase_length)
         critic = self.players["critic"]
-        critic.load_weights(self.initial)
-        critic.reset_optimizer()
+        if first is before:
+            critic.load_weights(first)
+            critic.reset_optimizer()
+        else:  # another network, perhaps of another kind
+            critic.denoiser.drop()
+            self.add_player(
+                "critic", first, critic.config, ema=False, total=critic.total, extra=critic.extra
+            )
 
     def sub_grid(self, phase: int, steps: int) -> Grid:
         """Times inside a phase, its end included."""
@@ -137,7 +211,7 @@ class PhasedDMDTrainer(ScoreTrainer):
     def best(self) -> Denoiser | Experts:
         """All experts; levels whose phase is still to come are the teacher's."""
         made: list[Denoiser] = [player.best for player in self.students()]
-        made += [self.teacher] * (self.count - len(made))
+        made += [self.teacher.at(level) for level in self.config.levels[len(made) : -1]]
         return Experts(made, self.config.levels[1:-1])
 
     def walk(self, den: Denoiser, x: Tensor, times: Grid, batch: Batch) -> Tensor:
@@ -165,26 +239,64 @@ class PhasedDMDTrainer(ScoreTrainer):
         x_s = pred.x if level == 0 else move(pred, self.process, full(x, level))
         return Sample(x_s, level, pred.x)
 
+    def compare(self, made: Sample, batch: Batch, rng: Rng) -> Loss:
+        """See :meth:`Matching.compare`; of a split teacher, at times that one expert owns."""
+        if not isinstance(self.teacher, Split):
+            return super().compare(made, batch, rng)
+        share = self.share_below(made.level)
+        low = rng.integer("expert", 1 << 24) < share * (1 << 24)  # the same on every process
+        self.part = (0.0, share) if low else (share, 1.0)
+        try:
+            with self.teacher.only(int(low)):
+                return super().compare(made, batch, rng)
+        finally:
+            self.part = WHOLE
+
+    def times(self, density: Density, level: float, batch: Batch, rng: Rng) -> Tensor:
+        """See :meth:`ScoreTrainer.times`; within a comparison, times on one side alone."""
+        low, high = self.part
+        u = low + (high - low) * rng.uniform("t", batch.index)
+        t = self.placed(density, u, level)
+        if self.part == WHOLE or not isinstance(self.teacher, Split):
+            return t
+        edge = self.teacher.boundary  # which rounding may not cross
+        return t.clamp_max(edge) if low == 0 < high < 1 else t.clamp_min(edge)
+
+    def placed(self, density: Density, u: Tensor, level: float) -> Tensor:
+        """Times from uniforms [B], moved into the range from a margin above the level to the top.
+
+        Clean samples need no margin, as their targets do not grow.
+        """
+        bottom = level + (self.config.margin * (self.top - level) if level > 0 else 0.0)
+        t = density.sample(u, self.process)
+        return bottom + t * ((self.top - bottom) / self.process.t_max)
+
+    def share_below(self, level: float) -> float:
+        """Share of the times of comparison above ``level`` that the cleaner expert owns."""
+        assert isinstance(self.teacher, Split)
+        if level not in self.shares:
+            low, high = 0.0, 1.0
+            for _ in range(40):  # a density rises with its uniform number
+                half = (low + high) / 2
+                u = torch.tensor([half], dtype=torch.float64)
+                below = self.placed(self.config.student_t, u, level) <= self.teacher.boundary
+                low, high = (half, high) if bool(below) else (low, half)
+            self.shares[level] = low
+        return self.shares[level]
+
     def hand_over(self, made: Sample) -> Sample | None:
         """None where the fake score trains on whole rollouts."""
         whole = self.config.critic_rollout and self.config.phase_steps > 1
         return None if whole else super().hand_over(made)
 
-    def compare(self, made: Sample, batch: Batch, rng: Rng) -> Loss:
-        """Pull the sample along the gap, at levels above its own."""
-        t = self.times(self.config.student_t, made.level, batch, rng)
-        x_s, e = made.x.detach(), self.z(batch, rng, "e")
-        x_t = self.kernel(x_s, made.level, t).state(x_s, e)
-        with torch.no_grad():
-            fake = self.denoiser("critic")(x_t, t, batch.cond).x
-            real = guided(self.teacher, x_t, t, batch.cond, self.config.guidance).x
-        loss = pull(made.x, dmd_direction(fake, real, made.reference.detach())).mean()
-        logs = {"gap": (fake - real).abs().mean(), "direction": loss}
-        return Loss(loss, logs | self.vitals(made, fake, real, t, e))
-
-    def held(self) -> dict[str, int]:
-        """See :meth:`Trainer.held`; the experts of earlier phases are frozen."""
-        return super().held() | ({"student": 1, "expert": self.phase} if self.phase else {})
+    def members(self) -> list[tuple[str, Denoiser]]:
+        """See :meth:`Trainer.members`; the experts of earlier phases are frozen."""
+        frozen = [player.denoiser for player in self.students()[: self.phase]]
+        others = [(role, den) for role, den in super().members() if den not in frozen]
+        if isinstance(self.teacher, Split):
+            parts = [("teacher", self.teacher.part(place)) for place in (0, 1)]
+            others = parts + [(role, den) for role, den in others if den is not self.teacher]
+        return others + [("expert", den) for den in frozen]
 
     def passes(self) -> list[Pass]:
         """Those of the engine, and the walks through this phase and those before."""
@@ -194,6 +306,7 @@ class PhasedDMDTrainer(ScoreTrainer):
         whole = c.critic_rollout and c.phase_steps > 1
         fresh = c.critic_steps - (0 if whole else 1)
         walks = rollout + fresh * (before + c.phase_steps)
+        walks += rollout + 1 if c.recompute else 0
         own = [p for p in super().passes() if (p.role, p.kind) != ("student", "forward")]
         return own + ([Pass("student", "forward", walks)] if walks else [])
 

@@ -132,9 +132,10 @@ class ConsistencyTrainer(Trainer):
         self.add_player("student", self.initial, c.optim, ema=True, total=c.steps)
         self.target_net: Denoiser | None = None
         if c.target == "ema":
-            self.target_net = self.initial.clone()
-            self.target_net.net.requires_grad_(False)
-            self.target_params: list[Tensor] = list(self.target_net.net.parameters())
+            self.target_net = self.denoiser("student").twin("target")
+            self.target_params = self.target_net.own()
+            for param in self.target_params:
+                param.requires_grad_(False)
         if isinstance(c.pairs, GridPairs):
             grid = uniform_grid(self.process, c.pairs.steps, self.start)
             self.grid = torch.tensor(grid, device=self.device)
@@ -225,7 +226,7 @@ class ConsistencyTrainer(Trainer):
         """See :meth:`Trainer.state`; with the ema target."""
         out = super().state()
         if self.target_net is not None:
-            out["target"] = dict(self.target_net.net.state_dict())
+            out["target"] = self.target_net.weights()
         return out
 
     def load_state(
@@ -234,11 +235,12 @@ class ConsistencyTrainer(Trainer):
         """See :meth:`Trainer.load_state`."""
         super().load_state(step, tensors, updates)
         if self.target_net is not None:
-            self.target_net.net.load_state_dict(tensors["target"])
+            self.target_net.load(tensors["target"])
 
-    def held(self) -> dict[str, int]:
-        """See :meth:`Trainer.held`; with the ema target."""
-        return super().held() | ({"target": 1} if self.target_net is not None else {})
+    def members(self) -> list[tuple[str, Denoiser]]:
+        """See :meth:`Trainer.members`; with the ema target."""
+        target = self.target_net
+        return super().members() + ([("target", target)] if target is not None else [])
 
     def passes(self) -> list[Pass]:
         """Teacher's step, target, student."""

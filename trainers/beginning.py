@@ -1,0 +1,63 @@
+"""What a player begins as: a copy of a network, the network itself, or an adapter on it."""
+
+from __future__ import annotations
+
+import re
+
+from stepdistill.adapters import lora
+from stepdistill.adapters.recompute import recompute
+from stepdistill.diffusion.denoiser import Denoiser
+from stepdistill.run.errors import UserError
+from stepdistill.trainers.settings import TrainConfig
+
+
+def role_of(name: str) -> str:
+    """What a player is: "student" is the role of student_2 too."""
+    return re.sub(r"_\d+$", "", name)
+
+
+def begin(config: TrainConfig, name: str, source: Denoiser, *, copy: bool) -> Denoiser:
+    """The denoiser of a new player, which is ``source`` to the bit.
+
+    Args:
+        config: its ``lora`` tells which players are adapters.
+        name: of the player; "student_2" counts as a student.
+        source: a network, which is shared where the player is an adapter.
+        copy: whether a player that is no adapter has a network of its own.
+
+    Raises:
+        UserError: adapters for a network that is trained itself, or targets that it has not.
+    """
+    role = role_of(name)
+    like = "critic" if role == "target" else role  # a target was a fake score
+    if config.lora is None or like not in config.lora.players:
+        return source.clone() if copy else source
+    if not copy:
+        raise UserError(f"lora: {config.method} trains the network itself; set lora=null")
+    if name in lora.names(source.net):
+        raise UserError(f"lora: the teacher carries the {name} of another run; load it anew")
+    rank, alpha = config.lora.rank, config.lora.alpha
+    try:
+        return source.adapt(
+            name,
+            rank=rank,
+            alpha=rank if alpha is None else alpha,
+            targets=config.lora.targets,
+            seed=config.seed,
+        )
+    except ValueError as error:
+        raise UserError(f"lora.targets: {error}") from error
+
+
+def recomputed(den: Denoiser) -> None:
+    """Turn gradient checkpointing on.
+
+    Raises:
+        UserError: the network does not support it.
+    """
+    try:
+        recompute(den.net)
+    except ValueError as error:
+        raise UserError(
+            f"gradient_checkpointing: {error}; set gradient_checkpointing=false"
+        ) from error

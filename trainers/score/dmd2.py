@@ -1,0 +1,48 @@
+"""DMD2: distribution matching on two time scales, with an adversarial head and real images.
+
+The fake score is updated several times for each update of the student, and carries a
+discriminator on its own features (or the teacher's) which pulls the student to the data itself,
+past what the teacher knows.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field
+
+from stepdistill.trainers.fixed_point import FixedPoint, Proof
+from stepdistill.trainers.score.adversary import AdversaryConfig
+from stepdistill.trainers.score.matching import Matching, MatchingConfig
+from stepdistill.trainers.score.rollout import GridConfig, GridTrainer
+
+
+class DMD2Config(GridConfig, MatchingConfig):
+    """Settings of ``dmd2``."""
+
+    critic_steps: int = Field(5, ge=1, description="fake-score updates a student update")
+    adversary: AdversaryConfig | None = Field(
+        default_factory=AdversaryConfig, description="the adversarial head; null: none, and no data"
+    )
+
+
+class DMD2Trainer(Matching, GridTrainer):
+    """DMD2 (Yin et al. 2024), spec 5.4."""
+
+    Config = DMD2Config
+    config: DMD2Config
+    clips = True
+    proofs: ClassVar = {
+        "adversarial": Proof(
+            ("gaussian", "gmm2d"),
+            {"critic_steps": 2, "adversary": {"features": "state", "head": "mlp"}},
+        ),
+    }
+
+    @property
+    def fixed_point(self) -> FixedPoint:
+        """The data's law, to which both the scores and the discriminator hold the student."""
+        return FixedPoint("law", pooled=self.config.student_steps > 1)
+
+
+TRAINER = DMD2Trainer

@@ -1,0 +1,107 @@
+"""Implicit scores: the gradient flows through teacher and fake score, in two stages.
+
+First the loss is differentiated in the image alone, whose graph is then freed; then the image's
+gradient goes through the student. Both stages together are the whole gradient.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from stepdistill.data.batch import Batch
+from stepdistill.diffusion.process import expand
+from stepdistill.losses.gap import Seen, Weight, product
+from stepdistill.run.errors import UserError
+from stepdistill.run.plug import plug
+from stepdistill.run.rng import Rng
+from stepdistill.trainers.base import Loss, Pass
+from stepdistill.trainers.score.adversary import ratio
+from stepdistill.trainers.score.engine import Sample, ScoreConfig, ScoreTrainer
+
+
+class ImplicitConfig(ScoreConfig):
+    """Settings of implicit-score methods."""
+
+    weights: tuple[plug(Weight), ...] = Field(  # type: ignore[valid-type]
+        (), description="factors of each sample's loss, multiplied and held constant; none: 1"
+    )
+
+
+class Implicit(ScoreTrainer):
+    """The comparison of implicit-score methods; they say what the two estimates cost."""
+
+    config: ImplicitConfig
+
+    @abstractmethod
+    def cost(self, seen: Seen) -> Tensor:
+        """The loss of each sample [B], without weights; all of ``seen`` is part of the graph."""
+
+    def weight(self, seen: Seen) -> Tensor:
+        """The product of the config's weights [B], held constant.
+
+        Raises:
+            UserError: a weight of single pixels.
+        """
+        with torch.no_grad():
+            found = product(self.config.weights, seen)
+        if found[0].numel() > 1:
+            kinds = ", ".join(one.kind for one in self.config.weights)
+            raise UserError(
+                f"weights: {kinds} weigh pixels, and {self.config.method} takes one factor a sample"
+            )
+        return found.flatten()
+
+    def push(self, seen: Seen) -> Tensor | None:
+        """Factors of the adversarial loss [B], held constant; None for 1."""
+        return None
+
+    def compare(self, made: Sample, batch: Batch, rng: Rng) -> Loss:
+        """The gradient in the image first, its own graph freed, then through the student."""
+        leaf = made.x.detach().requires_grad_()
+        t = self.times(self.config.student_t, made.level, batch, rng)
+        x_t = self.process.noise(leaf, self.z(batch, rng, "e"), t)
+        asked = self.ask(x_t, t, batch, rng, graph=True)
+        fake, real = asked.fake.x, asked.real.x
+        coefs, label = self.process.coefs(t).expand(leaf), batch.cond.label
+        seen = Seen(leaf, leaf, label, t, coefs, x_t, fake, real)
+        logs, against = {}, None
+        if self.adversary and self.opposed:
+            against, logits = self.oppose(asked, t, batch, rng, self.push(seen))
+            seen, logs = replace(seen, ratio=ratio(logits)), {"adversarial": against}
+        loss = (self.weight(seen) * self.cost(seen)).mean()
+        (direction,) = torch.autograd.grad(loss, leaf, retain_graph=against is not None)
+        direction = direction.masked_fill(rounding(fake, real, direction), 0.0)
+        if against is not None:
+            direction = direction + torch.autograd.grad(against, leaf)[0]
+        logs |= {"loss": loss, "gap": (fake - real).abs().mean()}
+        return Loss((made.x * direction).sum(), logs | self.vitals(made, fake, real, t))
+
+    def passes(self) -> list[Pass]:
+        """As the engine's, but the comparison is differentiated in its input."""
+        return through(super().passes())
+
+
+def rounding(fake: Tensor, real: Tensor, like: Tensor) -> Tensor:
+    """Where the two estimates are one and the same, as at the start: a mask of samples.
+
+    There a gradient that is differentiated through both is rounding, which Adam would blow up to
+    a full step.
+    """
+    return expand((fake == real).flatten(1).all(dim=1), like)
+
+
+def through(passes: Sequence[Pass]) -> list[Pass]:
+    """Passes of a comparison that is differentiated in its input, whole."""
+    asked = {("critic", "forward"), ("teacher", "forward")}
+    return [
+        replace(p, kind="input", part="whole", taps=())
+        if ((p.role, p.kind) in asked and p.part == "whole") or p.part == "tail"
+        else p
+        for p in passes
+    ]

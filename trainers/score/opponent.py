@@ -1,0 +1,138 @@
+"""Opponents: discriminators on features of a frozen network, players of their own.
+
+An opponent's heads are trained, and nothing else of it. In the student's turn the features are
+part of the graph, since the gradient flows through them to the sample.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from stepdistill.data.batch import Batch
+from stepdistill.diffusion.denoiser import Denoiser
+from stepdistill.losses.adversarial import AdversarialLoss, Hinge
+from stepdistill.losses.features import ImageFeatures, Projected, RandomConv, widths
+from stepdistill.losses.heads import Discriminator, HeadPlug, Tokens
+from stepdistill.run.plug import plug
+from stepdistill.run.rng import Rng
+from stepdistill.trainers.settings import Section
+
+
+class OpponentConfig(Section):
+    """A discriminator that is a player of its own."""
+
+    head: plug(HeadPlug) = Field(default_factory=Tokens, description="the head on each feature")  # type: ignore[valid-type]
+    loss: plug(AdversarialLoss) = Field(  # type: ignore[valid-type]
+        default_factory=Hinge, description="what its logits cost both sides, added over the heads"
+    )
+    student: float = Field(1.0, ge=0, description="weight in the student's loss")
+    r1: float = Field(0.0, ge=0, description="weight of the approximate R1 penalty; 0: none")
+    r1_noise: float = Field(0.1, gt=0, description="spread of that penalty's noise")
+
+
+class PictureConfig(OpponentConfig):
+    """A discriminator on frozen features of the pictures themselves."""
+
+    features: plug(ImageFeatures) = Field(  # type: ignore[valid-type]
+        default_factory=RandomConv, description="the frozen network on pictures in [-1, 1]"
+    )
+    project: int | None = Field(
+        None, ge=1, description="channels of a random projection of the features; null: none"
+    )
+
+
+class Opponent(ABC):
+    """A discriminator: what it reads, and what it costs both sides."""
+
+    config: OpponentConfig
+    net: Discriminator
+
+    @abstractmethod
+    def read(
+        self, x: Tensor, batch: Batch, rng: Rng, stream: str, near: float = 0.0
+    ) -> Sequence[Tensor]:
+        """Features of samples x [B, ...].
+
+        Args:
+            stream: name of the noise, where samples are noised first.
+            near: spread of more noise on top, for the approximate R1 penalty.
+        """
+
+    def logits(
+        self, x: Tensor, batch: Batch, rng: Rng, stream: str = "fake", near: float = 0.0
+    ) -> Tensor:
+        """Logits [B, K] of samples, high for data; in fp32, where R1's differences need it."""
+        features = self.read(x, batch, rng, stream, near)
+        with torch.autocast(x.device.type, enabled=False):
+            out: Tensor = self.net(features, batch.cond.label)
+        return out
+
+    def against(self, x: Tensor, batch: Batch, rng: Rng) -> Tensor:
+        """The student's weighted loss [B] on its samples x, which are part of the graph."""
+        fake, real = self.logits(x, batch, rng), None
+        if self.config.loss.compares:
+            assert batch.x is not None
+            with torch.no_grad():
+                real = self.logits(batch.x, batch, rng, "real")
+        loss: Tensor = self.config.loss.student(fake, real)
+        return self.config.student * loss.sum(dim=1)
+
+    def loss(self, made: Tensor, batch: Batch, rng: Rng) -> dict[str, Tensor]:
+        """The discriminator's own loss and its parts, on samples that have no graph."""
+        assert batch.x is not None
+        fake = self.logits(made, batch, rng)
+        real = self.logits(batch.x, batch, rng, "real")
+        loss: Tensor = self.config.loss.critic(real, fake).sum(dim=1).mean()
+        parts = {"real": real.mean(), "fake": fake.mean()}
+        if self.config.r1:
+            near = self.logits(batch.x, batch, rng, "real", self.config.r1_noise)
+            parts["r1"] = (real - near).square().sum(dim=1).mean()
+            loss = loss + self.config.r1 * parts["r1"]
+        return {"loss": loss, **parts}
+
+
+class PictureOpponent(Opponent):
+    """A discriminator on frozen features of pictures; its heads are told the class.
+
+    Args:
+        config: as above.
+        teacher: tells shape and classes.
+        seed: of heads and projections.
+
+    Raises:
+        UserError: features that cannot be had of such samples.
+    """
+
+    config: PictureConfig
+
+    def __init__(self, config: PictureConfig, teacher: Denoiser, seed: int) -> None:
+        self.config = config
+        net = config.features.build(teacher.sample_shape).to(teacher.device)
+        x = torch.zeros(1, *teacher.sample_shape, device=teacher.device)
+        with torch.no_grad():
+            channels = widths(net.eval()(x))
+            if config.project is not None:
+                net = Projected(net, channels, config.project, seed).to(teacher.device)
+                channels = [config.project] * len(channels)
+        self.features = net.eval().requires_grad_(False)
+        self.net = Discriminator(config.head, channels, seed, label_rows(teacher))
+        self.net.to(teacher.device)
+
+    def read(
+        self, x: Tensor, batch: Batch, rng: Rng, stream: str, near: float = 0.0
+    ) -> Sequence[Tensor]:
+        """See :meth:`Opponent.read`; only the R1 penalty's samples are noised."""
+        if near:
+            x = x + near * rng.normal("r1", batch.index, x.shape[1:])
+        found: list[Tensor] = self.features(x)
+        return found
+
+
+def label_rows(den: Denoiser) -> int:
+    """Rows of a table of a network's labels, that of no class included; 0 if it has none."""
+    return len(den.classes) + 1 if den.classes else 0

@@ -1,0 +1,65 @@
+"""Students that walk a fixed grid: one step, or several by backward simulation (DMD2)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from stepdistill.data.batch import Batch
+from stepdistill.diffusion.sampler import full, sample
+from stepdistill.run.rng import Rng
+from stepdistill.trainers.base import Pass
+from stepdistill.trainers.score.engine import Sample, ScoreConfig, ScoreTrainer
+
+
+class GridConfig(ScoreConfig):
+    """Settings of a student on a grid."""
+
+    student_steps: int = Field(1, ge=1, description="steps of the student's grid")
+    noise: Literal["fresh", "predicted"] = Field(
+        "fresh", description="what the sampler's steps end with, in training and in the export"
+    )
+
+
+class GridTrainer(ScoreTrainer):
+    """A student whose samples are the clean images predicted at a drawn exit of its grid."""
+
+    config: GridConfig
+
+    def setup(self) -> None:
+        """See :meth:`ScoreTrainer.setup`."""
+        super().setup()
+        self.sizes = (self.config.student_steps,)
+        self.noise = self.config.noise
+
+    @property
+    def exits(self) -> int:
+        """How many steps of the grid, from the noisiest, are exits."""
+        return self.config.student_steps
+
+    def generate(self, batch: Batch, rng: Rng, *, exact: bool) -> Sample:
+        """The clean image predicted at one exit of the grid, the same on every process."""
+        (grid,) = self.grids().values()
+        exit_at = rng.integer("exit", self.exits)
+        student = self.denoiser(self.active)
+        with torch.no_grad():
+            x_t = sample(
+                student,
+                self.z(batch, rng),
+                grid,
+                batch.cond,
+                noise=self.noise,
+                clip=self.config.clip,
+                fresh=lambda i: self.z(batch, rng, f"fresh-{i}"),
+                stop=exit_at,
+            )
+        x = self.shown(student(x_t, full(x_t, grid[exit_at]), batch.cond).x)
+        return Sample(x, 0.0, x)
+
+    def passes(self) -> list[Pass]:
+        """Those of the engine, and the walk to the exit."""
+        c = self.config
+        walk = (c.student_steps - 1) / 2 * (c.critic_steps + (1 if c.recompute else 0))
+        return super().passes() + ([Pass("student", "forward", walk)] if walk else [])

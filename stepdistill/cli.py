@@ -23,6 +23,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+bench = typer.Typer(help="Measure: a training step, or students of one budget.")
+app.add_typer(bench, name="bench")
+
 Config = Annotated[str, typer.Argument(help="a config file, or the name of an installed one")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="key.sub=value, over what the file says")
@@ -127,11 +130,15 @@ def export(
     out: Annotated[Path, typer.Option(help="folder of the pipeline")],
     steps: Annotated[int | None, typer.Option(help="steps when a user asks for none")] = None,
     overwrite: Annotated[bool, typer.Option(help="replace a pipeline that is there")] = False,
+    merge: Annotated[
+        Path | None, typer.Option(help="another finished run, whose student is merged with it")
+    ] = None,
+    share: Annotated[float, typer.Option(help="of the run's own weights when merged")] = 0.5,
 ) -> None:
     """Write a run's student as a diffusers pipeline and prove that it draws the same."""
     from stepdistill.commands.export import export as write
 
-    difference = write(run, out, steps=steps, overwrite=overwrite)
+    difference = write(run, out, steps=steps, overwrite=overwrite, merge=merge, share=share)
     print(f"{out}: loads in plain diffusers; largest difference {difference:.2g}")
 
 
@@ -214,18 +221,53 @@ def eval(  # noqa: A001
     )
 
 
-@app.command()
-def bench(
-    what: Annotated[str, typer.Argument(help="step")],
+@bench.command("step")
+def bench_step(
     config: Config,
     overrides: Overrides = None,
     rounds: Annotated[int, typer.Option(help="interleaved rounds", min=3)] = 20,
     threads: Annotated[int, typer.Option(help="CPU threads; one is the steadiest", min=1)] = 1,
 ) -> None:
-    """Time a training step against the bare network passes that it needs."""
+    """Time a training step, and its memory, against the bare network passes that it needs."""
     from stepdistill.commands.bench import run
 
-    run(what, config, overrides or (), rounds=rounds, threads=threads)
+    run(config, overrides or (), rounds=rounds, threads=threads)
+
+
+@bench.command("students")
+def bench_students(
+    config: Annotated[
+        list[str] | None, typer.Option(help="only these configs (may be repeated)")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="folder of runs and results")] = Path("out/students"),
+    steps: Annotated[int, typer.Option(help="sampler steps of the students", min=1)] = 1,
+    seconds: Annotated[float, typer.Option(help="training budget of each run", min=1)] = 300,
+    seeds: Annotated[str, typer.Option(help="seeds, by commas")] = "0,1,2",
+    num: Annotated[int, typer.Option(help="samples of each evaluation", min=100)] = 2000,
+    markdown: Annotated[Path | None, typer.Option(help="put the table into this file")] = None,
+) -> None:
+    """Distil the digits teacher by every method on one budget; runs that are there are kept."""
+    from stepdistill.commands.students import students
+
+    students(
+        out, names=config, steps=steps, seconds=seconds, seeds=seeds, num=num, markdown=markdown
+    )
+
+
+@bench.command("modes")
+def bench_modes(
+    updates: Annotated[int, typer.Option(help="of each student, over its phases", min=10)] = 400,
+    seeds: Annotated[str, typer.Option(help="seeds, by commas")] = "0,1,2",
+    shift: Annotated[
+        float, typer.Option(help="of the times; below 1 nearer to the images", min=0.05, max=20)
+    ] = 1.0,
+    workers: Annotated[int, typer.Option(help="trainings at a time", min=1)] = 2,
+    markdown: Annotated[Path | None, typer.Option(help="put the table into this file")] = None,
+) -> None:
+    """Count the modes that four-step students keep of twenty-five, with phases and without."""
+    from stepdistill.commands.modes import modes
+
+    modes(seeds=seeds, updates=updates, shift=shift, workers=workers, markdown=markdown)
 
 
 @app.command()

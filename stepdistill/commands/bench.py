@@ -16,45 +16,44 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from stepdistill.commands.bench_pass import bare
+from stepdistill.commands.bench_turns import turn_costs
 from stepdistill.commands.job import job
 from stepdistill.commands.read import read_config
 from stepdistill.commands.train import Source
 from stepdistill.commands.watch import Watch
-from stepdistill.data.batch import Batch
 from stepdistill.data.images import open_data
 from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.run.assets import load_teacher
-from stepdistill.run.errors import UserError
 from stepdistill.run.health import Health
 from stepdistill.run.log import Log, Meter, peak_memory_bytes
 from stepdistill.run.player import Player
 from stepdistill.run.ranks import Processes
-from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Pass, Trainer
 from stepdistill.trainers.flow.denoising import DenoisingConfig, fresh_network
 from stepdistill.trainers.settings import TrainConfig
+from stepdistill.trainers.weigh import networks_line
 
 WARMUP = 3
 
 
-def run(
-    what: str, config: str, overrides: Sequence[str], *, rounds: int, threads: int
-) -> dict[str, float]:
+def run(config: str, overrides: Sequence[str], *, rounds: int, threads: int) -> dict[str, float]:
     """Time a config's step and its parts, print the table, return the medians in seconds.
 
     Raises:
         UserError: bad input.
     """
-    if what != "step":
-        raise UserError(f"bench {what}: known is step")
     torch.set_num_threads(threads)
     cls, settings = read_config(config, overrides)
     with TemporaryDirectory() as folder, job(settings, network_of(settings)) as (processes, net):
         settings.run = settings.run if settings.run.exists() else Path(folder)
         trainer = cls(settings, net, wrap=processes.wrap, autocast=processes.autocast)
         medians, spread = measure(trainer, processes, rounds)
+        turns = turn_costs(trainer, processes, rounds)
     show(trainer, medians, spread, threads)
-    return medians
+    for line in turns.lines:
+        Console().print(line)
+    return medians | turns.figures
 
 
 def network_of(settings: TrainConfig) -> Denoiser:
@@ -145,39 +144,6 @@ def give_gradients(player: Player) -> None:
             param.grad = torch.full_like(param, 1e-12)
 
 
-def bare(trainer: Trainer, item: Pass, batch: Batch) -> Callable[[], None]:
-    """One network pass and nothing else."""
-    den = trainer.teacher if item.role == "teacher" else trainer.denoiser(item.role)
-    z = trainer.z(batch, Rng(trainer.config.seed))
-    t = torch.full((len(z),), 0.5 * trainer.process.t_max, device=z.device)
-    cond = batch.cond
-    if item.batch == 2:
-        z, t, cond = torch.cat([z, z]), torch.cat([t, t]), cond.stack(cond)
-    params = list(den.net.parameters())
-
-    def forward() -> None:
-        with torch.no_grad(), trainer.autocast():
-            den.raw(z, t, cond)
-
-    def train() -> None:
-        for param in params:
-            param.requires_grad_(True)
-        with trainer.autocast():
-            h = den.raw(z, t, cond)
-        h.backward(h.detach())
-        for param in params:
-            param.requires_grad_(False)
-            param.grad = None
-
-    def through() -> None:
-        leaf = z.detach().requires_grad_()
-        with trainer.autocast():
-            h = den.raw(leaf, t, cond)
-        torch.autograd.grad(h, leaf, h.detach())
-
-    return {"forward": forward, "train": train, "input": through}[item.kind]
-
-
 def around(player: Player) -> Callable[[], None]:
     """What a player's step does besides the optimizer's own."""
 
@@ -213,12 +179,18 @@ def show(
         f"{held_line(trainer)}; peak memory {peak_memory_bytes() / 2**20:.0f} MiB; "
         f"threads {threads}"
     )
+    console.print(networks_line(trainer))
 
 
 def held_line(trainer: Trainer) -> str:
-    """The networks that a trainer holds, in words."""
-    roles = (role if n == 1 else f"{n} {role}s" for role, n in trainer.held().items())
-    return f"{sum(trainer.held().values())} ({', '.join(roles)})"
+    """The networks and adapters that a trainer holds, in words."""
+
+    def words(held: dict[str, int]) -> str:
+        roles = (role if n == 1 else f"{n} {role}s" for role, n in held.items())
+        return f"{sum(held.values())} ({', '.join(roles)})"
+
+    adapters = trainer.adapters()
+    return words(trainer.held()) + (f" and adapters: {words(adapters)}" if adapters else "")
 
 
 def passes_line(trainer: Trainer) -> str:
@@ -229,4 +201,5 @@ def passes_line(trainer: Trainer) -> str:
 def pass_line(item: Pass) -> str:
     """One network pass, in words."""
     kind = "to input" if item.kind == "input" else item.kind
-    return f"{item.role} {kind} x {item.count:g}{' of 2B' if item.batch == 2 else ''}"
+    part = {"whole": "", "features": " for features", "tail": " by features"}[item.part]
+    return f"{item.role} {kind}{part} x {item.count:g}{' of 2B' if item.batch == 2 else ''}"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stepdistill.commands.read import read_config
 from stepdistill.diffusion.cond import Cond
-from stepdistill.diffusion.denoiser import Denoiser, Experts
+from stepdistill.diffusion.denoiser import Denoiser, Experts, Routed
 from stepdistill.diffusion.sampler import sample
 from stepdistill.diffusion.timesteps import Grid
 from stepdistill.pipelines.card import model_card
@@ -35,6 +35,8 @@ def export(
     overwrite: bool = False,
     figures: Sequence[Mapping[str, Any]] = (),
     tolerance: float = 1e-5,
+    merge: str | Path | None = None,
+    share: float = 0.5,
 ) -> float:
     """Write a run's student as a pipeline folder, reload it in a clean interpreter and compare.
 
@@ -45,53 +47,70 @@ def export(
         overwrite: replace a pipeline folder that is there.
         figures: measured rows for the model card; those of the run's own log if left out.
         tolerance: largest difference allowed to the training sampler's images in [0, 1].
+        merge: another finished run of the same teacher, whose student is merged with this one's.
+        share: of this run's weights in the merged ones.
 
     Returns:
         The largest difference seen.
 
     Raises:
-        UserError: the run is not finished, or ``out`` is taken.
+        UserError: the run is not finished, ``out`` is taken, or ``merge`` does not fit.
         VerificationError: the folder would draw other images than the training sampler; it is not
             written, and what was there before is left.
     """
     run, out = Path(run), Path(out)
     refuse_taken(out, overwrite)
-    trainer = finished(run)
-    den, grids, default = trainer.best(), trainer.grids(), default_steps(trainer, steps)
-    difference = float("inf")
+    trainer, command = finished(run), f"stepdistill export {run} --out {out}"
+    if merge is not None:
+        blend(trainer, Path(merge), share)
+        command += f" --merge {merge} --share {share:g}"
+    elif not figures:
+        figures = logged_figures(run)
+    scheduler, seen = scheduler_of(trainer, default_steps(trainer, steps)), list[float]()
+    write_pipeline(
+        out,
+        [expert.net for expert in members(trainer.best())],
+        scheduler,
+        classes=trainer.teacher.classes or None,
+        null_label=trainer.teacher.null_label,
+        default_steps=scheduler.config.default_steps,
+        card=student_card(trainer, scheduler, run, out, figures, command),
+        dtype=None,
+        overwrite=overwrite,
+        check=lambda folder: seen.append(proven(trainer, folder, out, tolerance)),
+        routes=routes(trainer),
+    )
+    return seen[0]
 
-    def proven(folder: Path) -> None:
-        nonlocal difference
-        try:
-            difference = check(trainer, folder, tolerance)
-        except VerificationError as error:
-            raise VerificationError(f"{out} was not written: {error}") from error
 
-    scheduler = LiteralGridScheduler(
-        grids={str(n): literal_rows(den, grid) for n, grid in grids.items()},
+def scheduler_of(trainer: Trainer, default: int) -> LiteralGridScheduler:
+    """The student's grids, of which the one of ``default`` steps is taken where none is named."""
+    den = trainer.best()
+    return LiteralGridScheduler(
+        grids={str(n): literal_rows(den, grid) for n, grid in trainer.grids().items()},
         noise=trainer.noise,
         default_steps=default,
         clip=trainer.config.clip,
     )
-    write_pipeline(
-        out,
-        [expert.net for expert in members(den)],
-        scheduler,
-        classes=trainer.teacher.classes or None,
-        null_label=trainer.teacher.null_label,
-        default_steps=default,
-        card=student_card(trainer, scheduler, run, out, figures),
-        dtype=None,
-        overwrite=overwrite,
-        check=proven,
-    )
-    return difference
+
+
+def proven(trainer: Trainer, folder: Path, out: Path, tolerance: float) -> float:
+    """The largest difference of :func:`check`; what it refuses is not written to ``out``."""
+    try:
+        return check(trainer, folder, tolerance)
+    except VerificationError as error:
+        raise VerificationError(f"{out} was not written: {error}") from error
 
 
 def student_card(
-    trainer: Trainer, scheduler: Any, run: Path, out: Path, figures: Sequence[Mapping[str, Any]]
+    trainer: Trainer,
+    scheduler: Any,
+    run: Path,
+    out: Path,
+    figures: Sequence[Mapping[str, Any]],
+    command: str,
 ) -> str:
-    """The model card of a student."""
+    """The model card of a student that ``command`` exports."""
     config = trainer.config
     return model_card(
         title=f"{config.method} student of {config.teacher}",
@@ -99,12 +118,12 @@ def student_card(
         teacher=config.teacher,
         method=config.method,
         data=config.data.source if trainer.needs == "data" else "none (the teacher alone)",
-        command=f"stepdistill train {run / 'config.yaml'}\nstepdistill export {run} --out {out}",
+        command=f"stepdistill train {run / 'config.yaml'}\n{command}",
         default_steps=scheduler.config.default_steps,
         classes=trainer.teacher.classes or None,
         grids=scheduler.config.grids,
         noise=trainer.noise,
-        figures=figures or logged_figures(run),
+        figures=figures,
     )
 
 
@@ -130,6 +149,7 @@ def finished(run: Path) -> Trainer:
     cls, config = read_config(str(file))
     if not config.teacher:
         raise UserError(f"{run}: a teacher's run; its pipeline is {run / 'pipeline'} already")
+    config = config.model_copy(update={"lora": None, "gradient_checkpointing": False})  # all whole
     trainer = cls(config, load_teacher(config.teacher))
     trainer.prepare(config.steps)
     for name, player in trainer.players.items():
@@ -144,6 +164,49 @@ def finished(run: Path) -> Trainer:
                 )
             player.best.net.load_state_dict(loaded.state_dict())
     return trainer
+
+
+def blend(trainer: Trainer, other: Path, share: float) -> None:
+    """Merge a finished run's student with another's: share of its weights, the rest of theirs.
+
+    Whatever trained them, whole networks or adapters: their averaged weights, whole, are merged, as
+    SwiftBrush v2 does (Dao et al. 2024).
+
+    Raises:
+        UserError: the other run is not finished, or its student is no sibling of this one.
+    """
+    if not 0 <= share <= 1:
+        raise UserError(f"--share {share:g}: must lie between 0 and 1")
+    theirs = finished(other)
+    for what, here, there in (
+        ("the teacher", trainer.config.teacher, theirs.config.teacher),
+        ("the number of networks", len(trainer.students()), len(theirs.students())),
+        ("each network's classes", routes(trainer), routes(theirs)),
+        ("the sampler's grids", trainer.grids(), theirs.grids()),
+        ("the sampler's noise", trainer.noise, theirs.noise),
+        ("clip", trainer.config.clip, theirs.config.clip),
+    ):
+        if here != there:
+            raise UserError(
+                f"--merge {other}: {what} must be the same in both runs, and is {there} there and "
+                f"{here} here"
+            )
+    for mine, yours in zip(trainer.students(), theirs.students(), strict=True):
+        own, others = mine.best.net.state_dict(), yours.best.net.state_dict()
+        apart = difference(others, own)
+        if apart is not None:
+            raise UserError(f"--merge {other}: weights must be of the same shapes in both: {apart}")
+        mixed = {
+            name: torch.lerp(value, others[name], 1 - share) if value.is_floating_point() else value
+            for name, value in own.items()
+        }
+        mine.best.net.load_state_dict(mixed)
+
+
+def routes(trainer: Trainer) -> tuple[int, ...] | None:
+    """The place of each class's network where the student has them shared by classes."""
+    den = trainer.best()
+    return den.routes if isinstance(den, Routed) else None
 
 
 def default_steps(trainer: Trainer, asked: int | None) -> int:
@@ -162,7 +225,7 @@ def default_steps(trainer: Trainer, asked: int | None) -> int:
 
 def members(den: Denoiser | Experts) -> list[Denoiser]:
     """The networks of a student, in the order of the grid's expert numbers."""
-    if isinstance(den, Denoiser):
+    if not isinstance(den, (Experts, Routed)):
         return [den]
     return [expert for expert in den.experts if isinstance(expert, Denoiser)]
 

@@ -1,4 +1,4 @@
-"""pairs: make a teacher's pairs of noise and image, ahead of a reflow run or within it."""
+"""pairs: make a teacher's pairs of noise and image, ahead of a run on them or within it."""
 
 from __future__ import annotations
 
@@ -21,45 +21,48 @@ from stepdistill.diffusion.timesteps import uniform_grid
 from stepdistill.run.errors import UserError
 from stepdistill.run.ranks import Processes
 from stepdistill.run.together import together
-from stepdistill.trainers.flow.reflow import ReflowConfig
+from stepdistill.trainers.settings import PairsConfig, TrainConfig
 
 
 def pairs(name: str, overrides: Sequence[str] = ()) -> Path:
-    """Make the store of a reflow config and return its folder; shards that are there are kept.
+    """Make the store of a config and return its folder; shards that are there are kept.
 
     Raises:
-        UserError: bad input, or a config whose method uses no pairs.
+        UserError: bad input, or a config that uses no pairs.
     """
     _, config = read_config(name, overrides)
-    if not isinstance(config, ReflowConfig):
-        raise UserError(f"{name}: the method {config.method} uses no pairs; reflow does")
+    if config.pair_store is None:
+        where = "reflow does" + (", or set regression" if hasattr(config, "regression") else "")
+        raise UserError(f"{name}: the method {config.method} uses no pairs; {where}")
     with job(config) as (processes, teacher):
         return make(config, teacher, processes, Watch(config, main=processes.main))
 
 
-def store_folder(config: ReflowConfig) -> Path:
-    """Where a config's pairs lie."""
-    return config.pairs.path or config.run / "pairs"
+def settings(config: TrainConfig) -> PairsConfig:
+    """The pairs of a config that has some."""
+    assert config.pair_store is not None
+    return config.pair_store
 
 
-def plan_of(config: ReflowConfig, teacher: Denoiser) -> PairPlan:
+def plan_of(config: TrainConfig, teacher: Denoiser) -> PairPlan:
     """What a config's pairs are."""
+    pairs = settings(config)
     return PairPlan(
         teacher=weights_hash(teacher),
         precision=config.precision,
-        steps=config.pairs.steps,
+        steps=pairs.steps,
         guidance=config.guidance,
-        num=config.pairs.num,
-        seed=config.pairs.seed,
+        num=pairs.num,
+        seed=pairs.seed,
         shape=teacher.sample_shape,
         classes=len(teacher.classes),
-        shard=config.pairs.shard,
+        shard=pairs.shard,
     )
 
 
-def make(config: ReflowConfig, teacher: Denoiser, processes: Processes, watch: Watch) -> Path:
+def make(config: TrainConfig, teacher: Denoiser, processes: Processes, watch: Watch) -> Path:
     """Make the shards that are missing, shared among the processes; returns the folder."""
-    plan, root = plan_of(config, teacher), store_folder(config)
+    plan, root = plan_of(config, teacher), settings(config).path or config.run / "pairs"
     grid = uniform_grid(teacher.process, plan.steps)
     began = time.monotonic()
     done = 0
@@ -80,7 +83,7 @@ def make(config: ReflowConfig, teacher: Denoiser, processes: Processes, watch: W
             root,
             plan,
             draw,
-            batch_size=config.pairs.batch_size,
+            batch_size=settings(config).batch_size,
             told=told,
             rank=processes.rank,
             world=processes.world,
@@ -91,7 +94,7 @@ def make(config: ReflowConfig, teacher: Denoiser, processes: Processes, watch: W
 def weights_hash(den: Denoiser) -> str:
     """Short hash of a network's weights."""
     total = hashlib.sha256()
-    for name, value in sorted(den.net.state_dict().items()):
+    for name, value in sorted(den.weights().items()):
         total.update(name.encode())
         total.update(value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
     return total.hexdigest()[:16]

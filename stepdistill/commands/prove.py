@@ -92,7 +92,7 @@ def _run(cases: Sequence[Case], budget: float | None, workers: int) -> Iterator[
     """Outcomes as they come; in this process if there is one worker."""
     workers = min(workers, len(cases))
     seconds = None if budget is None else budget * workers / len(cases)
-    with _one_thread():
+    with one_thread():
         if workers == 1:
             yield from (prove_case(case, seconds) for case in cases)
             return
@@ -106,7 +106,7 @@ def _run(cases: Sequence[Case], budget: float | None, workers: int) -> Iterator[
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """One thread here and in processes begun here: the same figures on any number of cores."""
     threads, before = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
     torch.set_num_threads(1)

@@ -19,7 +19,6 @@ from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.run.errors import UserError
 from stepdistill.run.ranks import Processes
 from stepdistill.trainers.base import Trainer
-from stepdistill.trainers.flow.reflow import ReflowConfig
 from stepdistill.trainers.loop import Loop
 from stepdistill.trainers.settings import TrainConfig
 
@@ -112,9 +111,8 @@ class Source:
                 yield self.trainer.batch(step, x, label)
 
     def _pairs(self) -> PairStore:
-        """The store of a reflow config, made where it is missing."""
+        """The config's store, made where it is missing."""
         c, teacher = self.trainer.config, self.trainer.teacher
-        assert isinstance(c, ReflowConfig)
         return PairStore(make(c, teacher, self.processes, self.watch), plan_of(c, teacher))
 
     def _of_pairs(self, store: PairStore, start: int) -> Iterator[Batch]:

@@ -1,0 +1,55 @@
+"""One network pass of a declared kind, bare: what a step is measured against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stepdistill.data.batch import Batch
+from stepdistill.run.rng import Rng
+from stepdistill.trainers.base import Pass, Trainer
+
+
+def bare(trainer: Trainer, item: Pass, batch: Batch) -> Callable[[], None]:
+    """One network pass and nothing else."""
+    teacher = trainer.teacher.at(0.5 * trainer.process.t_max)  # an expert, of several
+    den = teacher if item.role == "teacher" else trainer.denoiser(item.role)
+    z = trainer.z(batch, Rng(trainer.config.seed))
+    t = torch.full((len(z),), 0.5 * trainer.process.t_max, device=z.device)
+    cond = batch.cond
+    if item.batch == 2:
+        z, t, cond = torch.cat([z, z]), torch.cat([t, t]), cond.stack(cond)
+    params = den.own()
+
+    def call(x: Tensor) -> list[Tensor]:
+        """What the pass puts out, in its part of the network."""
+        with trainer.autocast():
+            if item.part == "features":
+                return den.features(x, t, cond, item.taps)
+            tail: Any = "frozen" if item.part == "tail" else "whole"
+            with den.tapped(item.taps, tail) as kept:
+                h = den.raw(x, t, cond)
+        return [kept[name] for name in item.taps] if item.part == "tail" else [h]
+
+    def forward() -> None:
+        with torch.no_grad():
+            call(z)
+
+    def train() -> None:
+        for param in params:
+            param.requires_grad_(True)
+        out = call(z)
+        torch.autograd.backward(out, [h.detach() for h in out])
+        for param in params:
+            param.requires_grad_(False)
+            param.grad = None
+
+    def through() -> None:
+        leaf = z.detach().requires_grad_()
+        out = call(leaf)
+        torch.autograd.grad(out, leaf, [h.detach() for h in out])
+
+    return {"forward": forward, "train": train, "input": through}[item.kind]

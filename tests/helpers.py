@@ -22,6 +22,7 @@ from stepdistill.trainers.find import trainer
 MEAN, STD = 0.5, 1.3  # the target of the convergence runs
 SMALL_NETWORK = {"type": "UNet2DModel", "config": {}}  # what a config must name; not built here
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "add": {"default": {"student_steps": 2, "guidance": 1.5}},
     "consistency": {
         "ect": {},
         "grid": {
@@ -37,11 +38,35 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "one_step": {"guidance": 2.0},
         "two_steps": {"student_steps": 2, "critic_steps": 2},
     },
+    "flash_dmd": {
+        "preferences": {
+            "preference": {"reward": "brightness", "candidates": 2, "updates": 1},
+            "critic_follows": 0.0,  # it would move the fake score whatever its gradient is
+        },
+    },
+    "gdd": {"frozen": {"freeze": ("blocks.*",)}},
+    "ladd": {"teacher": {"student_steps": 2, "discriminator_steps": 2, "adversary": {"r1": 1.0}}},
+    "crd": {"tilted by a reward": {"group_size": 2, "student_steps": 2, "guidance": 1.5}},
+    "mdt_dist": {
+        "both": {"guidance": 1.5},
+        "difference": {
+            "derivative": "difference",
+            "difference_step": 0.1,
+            "d_norm": True,
+            "matching": 0.2,
+            "distillation": 0.2,
+        },
+    },
+    "opd": {
+        "noise": {"guidance": 2.0, "student_steps": 2, "denominator": "flow"},
+        "diverse": {"guidance": 2.0, "student_steps": 1, "terms": ({"kind": "diversity"},)},
+    },
     "phased_dmd": {
         "default": {},
         "no_rollout": {"critic_rollout": False, "critic_steps": 2, "phase_steps": 3},
     },
     "reflow": {"huber": {}},
+    "sida": {"adversarial": {"adversary": {"from_step": 0}}},
     "sim": {"score": {}, "full": {"form": "full", "guidance": 1.5, "critic_steps": 2}},
 }
 """Settings of the contract tests beside those of a trainer's proofs: method -> variant -> config

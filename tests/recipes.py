@@ -12,16 +12,19 @@ METHODS = [method.name for method in methods()]
 SHORT = "steps=6 batch_size=16 log.every_steps=1 log.tensorboard=false sample.every_steps=0".split()
 SHORT += "eval.every_steps=0 checkpoint.every_steps=2".split()
 PAIRS = "pairs.num=40 pairs.steps=2 pairs.shard=16".split()
+STAGES = "targets=1 record_every=2 interval=1".split()  # other players from step 2 on
 
 
 @cache
 def recipe(method: str) -> str:
     """The name of a method's config: METHOD-digits, else the first that names the method."""
-    names = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
-    found = [name for name in names if read_config(name)[1].method == method]
-    assert found, f"{method} has no config; write configs/{method}-digits.yaml"
     own = f"{method}-digits"
-    return own if own in found else found[0]
+    names = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+    names.sort(key=lambda name: name != own)  # it comes first, and the others need not be read
+    found = (name for name in names if read_config(name)[1].method == method)
+    first = next(found, None)
+    assert first, f"{method} has no config; write configs/{method}-digits.yaml"
+    return first
 
 
 def distils(method: str) -> bool:
@@ -32,8 +35,11 @@ def distils(method: str) -> bool:
 def command(method: str, run: str, *more: str) -> list[str]:
     """The command line of a short run, with checkpoints at every second step."""
     pairs = PAIRS if trainer(method).needs == "pairs" else []
+    known = trainer(method).Config.model_fields
+    staged = list(STAGES) if "record_every" in known else []
+    staged += ["critic_first=0"] if "critic_first" in known else []
     verb = "train" if distils(method) else "teacher"
-    return [verb, recipe(method), f"run={run}", *SHORT, *pairs, *more]
+    return [verb, recipe(method), f"run={run}", *SHORT, *pairs, *staged, *more]
 
 
 DISTILS = [name for name in METHODS if distils(name)]

@@ -7,7 +7,7 @@ import pytest
 from stepdistill.commands import bench, doctor
 from stepdistill.commands.demo import METHODS, RATIOS, SPREADS, judge
 from stepdistill.eval.runner import Row
-from stepdistill.run.errors import CheckFailed, UserError
+from stepdistill.run.errors import CheckFailed
 from stepdistill.trainers.find import methods
 
 
@@ -21,7 +21,7 @@ from stepdistill.trainers.find import methods
 )
 def test_bench_says_what_is_held(override: str, held: str, capsys) -> None:
     config, *more = override.split()
-    bench.run("step", config, [*more, "batch_size=4", "device=cpu"], rounds=2, threads=1)
+    bench.run(config, [*more, "batch_size=4", "device=cpu"], rounds=2, threads=1)
     assert f"networks held: {held}" in " ".join(capsys.readouterr().out.split())
 
 
@@ -29,24 +29,19 @@ def test_doctor_reads_the_last_phase_and_the_passes() -> None:
     made = doctor.digits_trainers()
     assert set(made) == {method.name for method in methods()}
     line = bench.held_line(made["phased_dmd"])
-    assert line == "5 (teacher, student, critic, average, expert)"
+    assert line == "5 (teacher, critic, student, average, expert)"
     assert bench.passes_line(made["denoising"]) == "student train x 1"
 
 
 @pytest.mark.parametrize("method", ["sim", "phased_dmd"])
 def test_bench_names_every_part_and_forms_the_ratio(method: str, capsys) -> None:
     small = ["batch_size=16", "device=cpu"]
-    medians = bench.run("step", f"{method}-digits", small, rounds=4, threads=1)
+    medians = bench.run(f"{method}-digits", small, rounds=4, threads=1)
     needed = [v for k, v in medians.items() if k.startswith(("pass", "optimizer"))]
     assert medians["ratio"] == pytest.approx(medians["step"] / sum(needed))
     assert {"data", "clip, check, ema student", "optimizer critic"} <= set(medians)
     shown = capsys.readouterr().out
     assert "step / (passes + optimizers)" in shown and "teacher" in shown
-
-
-def test_bench_knows_only_steps() -> None:
-    with pytest.raises(UserError, match="known is step"):
-        bench.run("jump", "sim-digits", [], rounds=3, threads=1)
 
 
 def row(method: str, steps: int, fd: float, diversity: float = 5.8) -> Row:

@@ -94,7 +94,11 @@ MISTAKES = [
     (["eval", "digits-dit", "--metrics", "fid2"], r"--metrics fid2: known are fd, "),
     (["eval", "digits-dit", "--reference", "nowhere"], r"data.source=nowhere is neither"),
     (["schema", "simm"], r"method 'simm' is unknown; did you mean sim\?"),
-    (["bench", "stop", "sim-digits"], r"bench stop: known is step"),
+    (["bench", "stop"], r"No such command .stop."),
+    (
+        ["bench", "students", "--config", "simm-digits"],
+        r"--config simm-digits: .*did you mean sim-digits",
+    ),
     (["demo", "--method", "simm"], r"--method simm: the demo has sim, "),
 ]
 

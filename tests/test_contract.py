@@ -23,9 +23,10 @@ from stepdistill.pipelines.verify import noise_from_seeds
 from stepdistill.run import checkpoint
 from stepdistill.run.assets import load_teacher
 from stepdistill.trainers.base import Trainer
-from tests.children import Child, losses, rows, stepdistill, weights
+from tests.children import ByMethod, Child, losses, rows, stepdistill, weights
 from tests.kills import KILL
 from tests.recipes import DISTILS, METHODS, command
+from tests.strangers import strangers
 
 BOUNDARIES = {  # in this order in one run: boundary -> what the next run goes on from
     "shard:1": 0,
@@ -52,12 +53,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def whole(folder: Path) -> dict[str, Path]:
+def whole(folder: Path) -> ByMethod[Path]:
     """An uninterrupted run of each method, with all of its checkpoints."""
-    for method in METHODS:
+
+    def make(method: str) -> Path:
         done = stepdistill(*command(method, f"whole-{method}", "checkpoint.keep=9"), folder=folder)
         assert done.code == 0, done
-    return {method: folder / f"whole-{method}" for method in METHODS}
+        return folder / f"whole-{method}"
+
+    return ByMethod(make)
 
 
 def saved(run: Path, step: int) -> Path:
@@ -161,15 +165,15 @@ def exported(folder: Path, run: Path, method: str) -> Path:
     if method not in DISTILS:
         return run / "pipeline"
     out = f"export-{method}"
-    done = stepdistill("export", run.name, "--out", out, folder=folder)
+    done = stepdistill("export", run.name, "--out", out, folder=folder, env=strangers())
     assert done.code == 0 and "loads in plain diffusers; largest difference" in done.out, done
     return folder / out
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_an_export_reloaded_draws_what_the_trainer_drew(folder, whole, method) -> None:
-    """At every grid. The export itself compares in an interpreter without stepdistill; a trained
-    teacher's folder holds half precision, and so must the trainer's weights here."""
+    """At every grid. The export itself compares in an interpreter without stepdistill, here a fork;
+    a trained teacher's folder holds half precision, and so must the trainer's weights here."""
     out, made = exported(folder, whole[method], method), trainer_of(whole[method])
     pipe = DiffusionPipeline.from_pretrained(out, trust_remote_code=True)
     pipe.set_progress_bar_config(disable=True)

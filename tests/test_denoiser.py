@@ -79,6 +79,7 @@ def test_classes_of_a_stock_unet(tmp_path, config, index, classes, null) -> None
     [
         ({"vae": ["diffusers", "AutoencoderKL"]}, r"a latent model \(vae\)"),
         ({"vqvae": ["diffusers", "VQModel"]}, r"a latent model \(vqvae\)"),
+        ({"unet_2": ["diffusers", "UNet2DModel"]}, r"several networks \(unet, unet_2\)"),
         ({"scheduler": "left out"}, "names no scheduler"),
         ({"scheduler": [None, None]}, "names no scheduler"),
         ({"unet": [None, None]}, "names none of the networks"),

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import pytest
 import torch
 
 from tests import golden
-from tests.golden import SLACK, STEPS, compare, curve, curves, furthest, kept, main
+from tests.golden import SLACK, STEPS, Curve, compare, curve, curves, furthest, kept, main
 from tests.helpers import cases
 from tests.recipes import METHODS
+
+
+@cache
+def now(method: str) -> dict[str, Curve]:
+    """The curves of every case of a method, for all tests of it; they are not to be changed."""
+    return curves(method)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_first_losses_are_those_kept(method) -> None:
     command = f"python -m tests.golden --write {method}"
     assert kept(method), f"{method} has no golden losses yet; run `{command}`"
-    wrong = [line for line, same in compare(kept(method), curves(method)) if not same]
+    wrong = [line for line, same in compare(kept(method), now(method)) if not same]
     assert not wrong, "\n".join([*wrong, f"where this was meant: `{command}`"])
 
 
@@ -25,7 +32,7 @@ def test_the_first_losses_are_those_kept(method) -> None:
 def test_rounding_stays_below_what_is_compared(method) -> None:
     """Another CPU sums in another order; weights that differ by 1e-7 of themselves stand for it.
     Weights that differ by 1e-3 are seen."""
-    found = {case: curve(method, keys) for case, keys in cases(method).items()}
+    found = now(method)
     for case, keys in cases(method).items():
         assert furthest(found[case], curve(method, keys, jitter=1e-7)).size < SLACK, case
     assert furthest(found[case], curve(method, keys, jitter=1e-3)).size > 10 * SLACK
@@ -35,7 +42,7 @@ def test_threads_and_repetition_change_nothing() -> None:
     method, threads = METHODS[0], torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        assert curves(method) == curves(method) == kept(method)
+        assert curves(method) == now(method) == kept(method)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)

@@ -20,6 +20,7 @@ from pydantic import BaseModel
 
 from stepdistill.run.config import find, read, validate
 from stepdistill.run.errors import UserError
+from stepdistill.run.plug import Plug, kinds
 from stepdistill.trainers.find import trainer
 from tests.recipes import METHODS, recipe
 
@@ -54,12 +55,18 @@ def models(annotation: Any) -> list[type[BaseModel]]:
     return [model for part in typing.get_args(annotation) for model in models(part)]
 
 
+def standing(annotation: Any) -> str:
+    """A value for a key that must have one: a kind of its plug-in, or any word."""
+    plugged = isinstance(annotation, type) and issubclass(annotation, Plug)
+    return next(iter(kinds(annotation))) if plugged else "unused"
+
+
 def keys(
     model: type[BaseModel], parts: tuple[str, ...] = (), beside: Mapping[str, Any] | None = None
 ) -> Iterator[Key]:
     """Every key of a model and of the sections in it, of each kind that they may have."""
     fields = model.model_fields
-    needed = {name: "unused" for name, field in fields.items() if field.is_required()}
+    needed = {n: standing(field.annotation) for n, field in fields.items() if field.is_required()}
     needed |= {"kind": fields["kind"].default} if "kind" in fields else {}
     beside = {**(beside or {}), ".".join(parts): needed}
     for name, field in fields.items():

@@ -18,6 +18,7 @@ from stepdistill.run.errors import UserError
 from stepdistill.run.player import Player
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Loss, Trainer, Turn
+from stepdistill.trainers.beginning import role_of
 from stepdistill.trainers.find import methods, trainer
 from tests.golden import KEPT
 from tests.helpers import (
@@ -48,6 +49,8 @@ def networks(made: Trainer) -> dict[str, nn.Module]:
     """Every network that a trainer holds, by name; what trains from scratch has no teacher."""
     found = {} if from_scratch(made) else {"teacher": made.teacher.net}
     for name, player in made.players.items():
+        if player.frozen:  # heads on a network that others hold
+            continue
         found[name] = player.denoiser.net
         if player.ema is not None:
             found[f"{name} ema"] = player.ema.net
@@ -59,7 +62,8 @@ def networks(made: Trainer) -> dict[str, nn.Module]:
 
 def from_scratch(made: Trainer) -> bool:
     """Whether the network handed over is itself trained, as ``denoising`` does."""
-    return any(player.denoiser is made.teacher for player in made.players.values())
+    players = [player for player in made.players.values() if not player.frozen]
+    return any(player.denoiser is made.teacher for player in players)
 
 
 # The files -----------------------------------------------------------------------------------
@@ -102,12 +106,13 @@ def check_gradients(made: Trainer, step: int) -> None:
         with player.turn():
             turn.loss(batch, Rng(0).at(step, place)).value.backward()
         for name, net in networks(made).items():
-            grads = [param.grad for param in net.parameters()]
-            if name == turn.player:
-                assert all(grad is not None for grad in grads)
-                assert sum(float(grad.abs().sum()) for grad in grads) > 0
-            else:
-                assert all(grad is None for grad in grads), f"{turn.player} reached {name}"
+            own = {id(param) for param in player.params}
+            foreign = [param.grad for param in net.parameters() if id(param) not in own]
+            assert all(grad is None for grad in foreign), f"{turn.player} reached {name}"
+        grads = [param.grad for param in player.weights or player.params]
+        assert all(grad is not None for grad in grads)
+        begins = player.updates == 0  # where its fake score is the teacher still
+        assert begins or sum(float(grad.abs().sum()) for grad in grads) > 0
         player.optimizer.zero_grad(set_to_none=True)
 
 
@@ -171,7 +176,11 @@ def test_images_and_a_real_backbone(method, keys) -> None:
 def test_a_bad_gradient_changes_no_weight_and_no_optimizer(method, keys, poison) -> None:
     made = make(method, mlp_teacher(), **keys)
     run(made, 0, 2)
-    before, turns = saved(made)[0], made.turns
+    made.prepare(2)
+    fresh = any(not made.players[turn.player].updates for turn in made.turns(2))
+    at = 3 if fresh else 2  # an optimizer that has not begun holds nothing to compare
+    run(made, 2, at)
+    turns = made.turns
 
     def poisoned(step: int) -> list[Turn]:
         def spoil(turn: Turn) -> Turn:
@@ -183,19 +192,22 @@ def test_a_bad_gradient_changes_no_weight_and_no_optimizer(method, keys, poison)
         return [spoil(turn) for turn in turns(step)]
 
     made.turns = poisoned
-    made.step(2, batch_of(made, 2))
-    after = saved(made)[0]
+    made.prepare(at)
+    before = saved(made)[0]
+    made.step(at, batch_of(made, at))
+    after, mover = saved(made)[0], {turn.player for turn in turns(at)}
     for name, player in made.players.items():
         assert not bool(player.finite)
         for key, value in after[name].items():
             assert key.startswith("ema.") or torch.equal(value, before[name][key]), key
     assert all(value.isfinite().all() for part in after.values() for value in part.values())
     made.turns = turns
-    made.step(2, batch_of(made, 2))
+    made.step(at, batch_of(made, at))
     moved = saved(made)[0]
-    for name, player in made.players.items():
-        assert bool(player.finite)
-        assert not torch.equal(moved[name]["net.leave.weight"], before[name]["net.leave.weight"])
+    for name in mover:
+        assert bool(made.players[name].finite)
+        weights = [key for key in before[name] if key.startswith(("net.leave.w", "extra."))]
+        assert not all(torch.equal(moved[name][key], before[name][key]) for key in weights)
 
 
 @pytest.mark.parametrize(
@@ -297,9 +309,14 @@ def test_guidance_needs_a_label_for_none(method, keys) -> None:
 # Cost ----------------------------------------------------------------------------------------
 
 
-def counted(made: Trainer, first: int, last: int) -> dict[tuple[str, str, int], float]:
-    """Forward passes a step of a trainer's networks, by role, kind and batch."""
+Cost = dict[tuple[str, str, int], float]
+
+
+def costs(made: Trainer, first: int, last: int) -> tuple[Cost, Cost]:
+    """Forward passes a step of a trainer's networks, by role, kind and batch: as counted, and as
+    declared at each step."""
     counts: Counter[tuple[str, str, int]] = Counter()
+    told: Counter[tuple[str, str, int]] = Counter()
 
     def hook(role: str) -> Any:
         def note(net: nn.Module, args: tuple[Any, ...], _: Any) -> None:
@@ -314,19 +331,23 @@ def counted(made: Trainer, first: int, last: int) -> dict[tuple[str, str, int], 
 
         return note
 
-    made.prepare(first)
-    hooks = []
-    for name, net in networks(made).items():
-        role = name if name in ("teacher", "critic") else "student"
-        role = "average" if name.endswith(" ema") else role
-        hooks.append(net.register_forward_hook(hook(role)))
-    run(made, first, last)
-    for handle in hooks:
-        handle.remove()
-    return {key: count / (last - first) for key, count in counts.items()}
+    for step in range(first, last):
+        made.prepare(step)  # which may make networks, as copies with the hooks of the original
+        hooks = []
+        for name, net in networks(made).items():
+            role = "teacher" if name == "teacher" else "student"
+            role = role_of(name) if name in made.players else role
+            role = "average" if name.endswith(" ema") else role
+            hooks.append(net.register_forward_hook(hook(role), always_call=True))
+        run(made, step, step + 1)
+        told.update(declared(made))
+        for handle in hooks:
+            handle.remove()
+    means = [{k: n / (last - first) for k, n in total.items()} for total in (counts, told)]
+    return means[0], means[1]
 
 
-def declared(made: Trainer) -> dict[tuple[str, str, int], float]:
+def declared(made: Trainer) -> Cost:
     total: Counter[tuple[str, str, int]] = Counter()
     for item in made.passes():
         total[item.role, item.kind, item.batch] += item.count
@@ -338,7 +359,7 @@ def test_declared_passes_are_those_counted(method, keys) -> None:
     """Over forty steps, so that random exits average out; in the first and the last phase."""
     made = make(method, mlp_teacher(), steps=160, batch_size=2, **keys)
     for first in (0, 120):
-        found, expected = counted(made, first, first + 40), declared(made)
+        found, expected = costs(made, first, first + 40)
         assert found == pytest.approx(expected, abs=0.35)
         for key, count in expected.items():  # no walk of random length among the trained passes
             assert key[1] == "forward" or found[key] == count

@@ -544,10 +544,11 @@ def test_built_in_teachers(name: str) -> None:
         "gmm1d": "quantile",
         "gmm2d": "integral",
         "classes": "gaussian",
+        "mixed": "integral",
     }
     assert (teacher.name, teacher.kind) == (name, kinds[name])
     assert teacher.oracle.process.name == "rf" and teacher.oracle.head.name == "velocity"
-    assert teacher.guidance == (2.0 if name == "classes" else 1.0)
+    assert teacher.guidance == (2.0 if name in ("classes", "mixed") else 1.0)
     other = read_teacher(name, process=PROCESSES["edm"], head="edm-f").oracle
     assert (other.process.name, other.head.name) == ("edm", "edm-f")
 

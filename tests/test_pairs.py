@@ -17,6 +17,7 @@ from stepdistill.data.pairs import MANIFEST, PairPlan, PairStore, make_pairs, sh
 from stepdistill.diffusion.cond import Cond
 from stepdistill.run.errors import UserError
 from tests.children import CONTEXT, Child, ranks, stepdistill
+from tests.faults import FAULT
 
 PLAN = PairPlan(
     teacher="toy 0",
@@ -203,7 +204,7 @@ def command(run: str, *more: str) -> list[str]:
 def test_the_command_killed_and_run_again_and_by_three_processes(tmp_path) -> None:
     done = stepdistill(*command("whole"), folder=tmp_path)
     assert (done.code, done.out) == (0, "whole/pairs\n")
-    child = Child(command("cut"), tmp_path)
+    child = Child(command("cut"), tmp_path, {FAULT: "shard:4"})
     child.when(lambda: len(list((tmp_path / "cut").glob("pairs/pairs-*"))) >= 2)
     child.signal(signal.SIGKILL)
     assert child.wait().code == -signal.SIGKILL
@@ -217,9 +218,9 @@ def test_the_command_killed_and_run_again_and_by_three_processes(tmp_path) -> No
 
 def test_the_command_stopped_by_a_signal(tmp_path) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
-        child = Child(command("run"), tmp_path)
         root = tmp_path / "run" / "pairs"
         before = len(list(root.glob("pairs-*")))
+        child = Child(command("run"), tmp_path, {FAULT: f"shard:{before + 2}"})
         child.when(lambda root=root, n=before: len(list(root.glob("pairs-*"))) > n)
         child.signal(number)
         done = child.wait()

@@ -7,17 +7,22 @@ import re
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from stepdistill.proof.ground import plan
+from stepdistill.cli import app
+from stepdistill.proof.ground import Outcome, plan
+from stepdistill.proof.rows import Row
 from stepdistill.proof.trial import Case, proofs
 from stepdistill.run.errors import UserError
 from stepdistill.trainers.find import methods
+from stepdistill.trainers.fixed_point import FixedPoint
 from tests.bugs import BUG, BUGS
-from tests.children import Done, stepdistill
+from tests.children import ByMethod, Child, Done, stepdistill
 from tests.helpers import make, mlp_teacher
 
 METHODS = [method.name for method in methods()]
 KEYS = "method teacher student_steps quantity expected measured tolerance passed seconds".split()
+GUIDED = ("sim", "dmd", "phased_dmd", "consistency", "reflow")
 MIXTURE = """kind: gaussian_mixture
 weights: [2, 1]
 means: [[-0.8], [0.9]]
@@ -39,28 +44,33 @@ CAUGHT = {  # bug -> the method, setting and teacher that show it, and the figur
 
 def prove(folder: Path, *args: str, bug: str | None = None, seconds: float = 900) -> Done:
     """The command in a child, with a bug planted or without."""
-    from tests.children import Child
-
     return Child(["prove", *args], folder, {BUG: bug} if bug else {}).wait(seconds)
 
 
 @pytest.fixture(scope="module")
-def proven(tmp_path_factory: pytest.TempPathFactory) -> tuple[Done, Path]:
-    """``prove --all`` as a user runs it, and where."""
-    folder = tmp_path_factory.mktemp("proven")
-    args = "--all --json rows.json --markdown PROOF.md --bands healthy.json".split()
-    return prove(folder, *args, seconds=1800), folder
+def proven(tmp_path_factory: pytest.TempPathFactory) -> ByMethod[tuple[Done, Path]]:
+    """``prove`` of all cases of a method as a user runs it, and where."""
+    base = tmp_path_factory.mktemp("proven")
+
+    def make(method: str) -> tuple[Done, Path]:
+        args = f"--method {method} --json rows.json --markdown PROOF.md --bands healthy.json"
+        workers = "2" if method == METHODS[0] else "1"
+        folder = base / method
+        return prove(folder, *args.split(), "--workers", workers, seconds=1800), folder
+
+    return ByMethod(make)
 
 
 def rows_of(folder: Path) -> list[dict]:
     return json.loads((folder / "rows.json").read_text())
 
 
-def test_every_method_reaches_what_theory_says(proven) -> None:
-    done, folder = proven
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_reaches_what_theory_says(proven, method) -> None:
+    done, folder = proven[method]
     assert done.code == 0, done.err
     rows = rows_of(folder)
-    assert {row["method"] for row in rows} == set(METHODS)
+    assert [Case(*key) for key in dict.fromkeys(map(case_of, rows))] == plan([method])
     assert done.out.splitlines()[-1] == f"prove: all {len(rows)} figures hold"
     for row in rows:
         assert set(KEYS) <= set(row)
@@ -68,38 +78,64 @@ def test_every_method_reaches_what_theory_says(proven) -> None:
         assert row["seconds"] > 0
 
 
-def test_the_figures_that_must_be_there_are(proven) -> None:
-    rows = rows_of(proven[1])
-
-    def has(method: str, quantity: str, steps: tuple[int, ...]) -> None:
-        found = {
-            r["student_steps"] for r in rows if (r["method"], r["quantity"]) == (method, quantity)
-        }
-        assert found >= set(steps), (method, quantity, found)
-
-    has("consistency", "map error", (1, 2, 4))
-    has("consistency", "gain, axis 1", (1,))
-    has("reflow", "map error", (1, 2, 4))
-    has("reflow", "straightness, of the teacher's", (32,))
-    has("dmd", "W2", (1, 2))
-    has("phased_dmd", "W2", (2, 6))
-    has("sim", "least mode", (1,))
-    for method in ("sim", "dmd", "phased_dmd", "consistency", "reflow"):
-        assert any(r["method"] == method and r["quantity"] == "guided mean" for r in rows), method
-    settings = {(r["method"], r["setting"]) for r in rows}
-    assert {("sim", "score"), ("sim", "full")} <= settings
-    assert {("phased_dmd", "two phases"), ("phased_dmd", "three phases")} <= settings
+def case_of(row: dict) -> tuple[str, str, str]:
+    return row["method"], row["setting"], row["teacher"]
 
 
-def test_page_tables_and_bands_are_written(proven) -> None:
-    _, folder = proven
-    page = (folder / "out" / "proof" / "report.html").read_text()
-    table = (folder / "PROOF.md").read_text()
-    for method in METHODS:
-        assert method in page and method in table
+@pytest.mark.parametrize(
+    ("method", "quantity", "steps"),
+    [
+        ("consistency", "map error", {1, 2, 4}),
+        ("consistency", "gain, axis 1", {1}),
+        ("reflow", "map error", {1, 2, 4}),
+        ("reflow", "straightness, of the teacher's", {32}),
+        ("dmd", "W2", {1, 2}),
+        ("phased_dmd", "W2", {2, 3}),
+        ("sim", "least mode", {1}),
+        *((name, "guided mean", set()) for name in GUIDED),
+    ],
+)
+def test_the_figures_that_must_be_there_are(proven, method, quantity, steps) -> None:
+    rows = rows_of(proven[method][1])
+    found = {row["student_steps"] for row in rows if row["quantity"] == quantity}
+    assert found and found >= steps
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [("sim", {"score", "full"}), ("phased_dmd", {"two phases", "three phases"})],
+)
+def test_the_settings_that_must_be_there_are(proven, method, settings) -> None:
+    assert {row["setting"] for row in rows_of(proven[method][1])} >= settings
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_page_tables_and_bands_are_written(proven, method) -> None:
+    _, folder = proven[method]
+    assert method in (folder / "out" / "proof" / "report.html").read_text()
+    assert method in (folder / "PROOF.md").read_text()
     bands = json.loads((folder / "healthy.json").read_text())["bands"]
-    assert set(bands) >= {"sim", "dmd", "phased_dmd"}
+    assert set(bands) >= {method} & {"sim", "dmd", "phased_dmd"}
     assert all(band["low"] < band["high"] for one in bands.values() for band in one.values())
+
+
+def test_all_are_the_cases_of_every_method(tmp_path, monkeypatch) -> None:
+    """On one page, from ``prove --all``; what comes of each is in the tests above."""
+
+    def outcome(case: Case, seconds: float | None) -> Outcome:
+        values = {"student_steps": 1, "quantity": "W2", "expected": 0.0, "measured": 0.0}
+        values |= {"tolerance": 0.1, "passed": True, "seconds": 1.0}
+        row = Row(method=case.method, setting=case.setting, teacher=case.teacher, **values)
+        return Outcome(case, [row], [], [], FixedPoint("law"))
+
+    cases = [case for method in METHODS for case in plan([method])]
+    monkeypatch.setattr("stepdistill.commands.prove.prove_case", outcome)
+    monkeypatch.chdir(tmp_path)
+    args = "prove --all --workers 1 --json rows.json --markdown PROOF.md --bands healthy.json"
+    assert CliRunner().invoke(app, args.split()).exit_code == 0
+    assert [Case(*case_of(row)) for row in rows_of(tmp_path)] == cases
+    page, table = Path("out/proof/report.html").read_text(), Path("PROOF.md").read_text()
+    assert all(method in page and method in table for method in METHODS)
 
 
 @pytest.mark.parametrize("bug", sorted(BUGS))

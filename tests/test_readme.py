@@ -44,6 +44,9 @@ def small(words: list[str]) -> list[str]:
 def test_the_commands_run_in_order(root: Path, tmp_path: Path) -> None:
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = []
+    for block in blocks(root, "python"):
+        if named := re.match(r"# (\w+\.py)\n", block):  # a file that a command is about
+            (tmp_path / named[1]).write_text(block, encoding="utf-8")
     for line in commands(root):
         if line.startswith(("make ", "pip ")):  # CI itself runs these
             continue

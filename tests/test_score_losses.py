@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from stepdistill.diffusion.process import RF, Coefs
+from stepdistill.losses.distance import L2, Distance, Power, PseudoHuber
 from stepdistill.losses.distribution import dmd_direction
-from stepdistill.losses.implicit import sim_loss
+from stepdistill.losses.implicit import Form, sim_loss
 from stepdistill.losses.regression import pull
 from tests.helpers import MEAN, STD, descend, gaussian_clean, hermite2
 
@@ -38,6 +39,11 @@ def estimates(
     return fake, gaussian_clean(x_t, c.alpha, c.sigma, mean, std * std)
 
 
+def huber(c: float, **keys: bool) -> PseudoHuber:
+    """The distance with constant c on one dimension."""
+    return PseudoHuber(scale=c, **keys)
+
+
 # The two engines against published gradients ------------------------------------------------
 
 
@@ -54,7 +60,9 @@ def sim_gradient(
     ("form", "expected"), [("score", (-0.42292, -0.98889)), ("full", (-0.22229, -0.75432))]
 )
 def test_sim_gradient(form, expected) -> None:
-    got = sim_gradient(0, 0.7, plain(0.8, 0.6), 0.5, 1.2, c=0.3, space="score", form=form)
+    got = sim_gradient(
+        0, 0.7, plain(0.8, 0.6), 0.5, 1.2, distance=huber(0.3), space="score", form=form
+    )
     assert got == pytest.approx(expected, abs=2e-5)
 
 
@@ -63,7 +71,7 @@ def test_sim_gradient(form, expected) -> None:
 )
 def test_l2_sim_is_twice_sid(form, expected) -> None:
     """alpha = 1 is the score form, alpha = 1/2 the full one."""
-    got = sim_gradient(0.2, 1.1, plain(1, 1), MEAN, STD, distance="l2", form=form)
+    got = sim_gradient(0.2, 1.1, plain(1, 1), MEAN, STD, distance=L2(), form=form)
     assert tuple(g / 2 for g in got) == pytest.approx(expected, abs=1e-5)
 
 
@@ -82,20 +90,22 @@ def test_sim_full_is_the_total_derivative() -> None:
         (value(step, 0.7) - value(-step, 0.7)) / (2 * step),
         (value(0, 0.7 + step) - value(0, 0.7 - step)) / (2 * step),
     )
-    got = sim_gradient(0, 0.7, c, 0.5, 1.2, c=k, space="score", form="full")
+    got = sim_gradient(0, 0.7, c, 0.5, 1.2, distance=huber(k), space="score", form="full")
     assert got == pytest.approx(slopes, abs=2e-5)
 
 
 def test_detached_norm_is_another_gradient() -> None:
     """The normaliser depends on x_t, so holding it changes the gradient, not the value."""
-    exact = sim_gradient(0, 0.7, plain(0.8, 0.6), 0.5, 1.2, c=0.3)
-    held = sim_gradient(0, 0.7, plain(0.8, 0.6), 0.5, 1.2, c=0.3, detach_norm=True)
+    exact, held = (
+        sim_gradient(0, 0.7, plain(0.8, 0.6), 0.5, 1.2, distance=huber(0.3, detach_norm=hold))
+        for hold in (False, True)
+    )
     assert abs(exact[1] - held[1]) > 0.05
     assert held[0] * exact[0] > 0
 
 
 @pytest.mark.parametrize("form", ["score", "full"])
-@pytest.mark.parametrize("distance", ["pseudo_huber", "l2"])
+@pytest.mark.parametrize("distance", [PseudoHuber(), L2(), Power(), Power(p=1.0)])
 @pytest.mark.parametrize("space", ["x0", "score"])
 def test_sim_is_exactly_zero_where_the_scores_agree(form, distance, space) -> None:
     x, mu_, u_ = student(MEAN, STD)
@@ -111,9 +121,9 @@ def test_sim_limits_of_the_constant() -> None:
     c = plain(0.8, 0.6)
     x, _, _ = student(0.2, 1.1)
     fake, real = estimates(x, c, 0.2, 1.1, MEAN, STD)
-    wide = 2 * 1e6 * sim_loss(x, fake, real, c, c=1e6)
-    torch.testing.assert_close(wide, sim_loss(x, fake, real, c, distance="l2"), rtol=1e-9, atol=0)
-    sharp = sim_loss(x, fake, real, c, c=1e-12)
+    wide = 2 * 1e6 * sim_loss(x, fake, real, c, distance=huber(1e6))
+    torch.testing.assert_close(wide, sim_loss(x, fake, real, c, distance=L2()), rtol=1e-9, atol=0)
+    sharp = sim_loss(x, fake, real, c, distance=huber(1e-12))
     expected = ((real - fake).sign() * (fake - x)).flatten()
     torch.testing.assert_close(sharp, expected, rtol=1e-6, atol=1e-9)
 
@@ -124,7 +134,8 @@ def test_sim_norm_is_over_a_whole_sample() -> None:
     gap = (fake - real).flatten(1)
     expected = -(gap * (fake - x).flatten(1)).sum(1) / (gap.square().sum(1) + 0.04).sqrt()
     c = Coefs(*(torch.ones(5, 1, 1, 1) for _ in range(4)))
-    torch.testing.assert_close(sim_loss(x, fake, real, c, c=0.2), expected)
+    got = sim_loss(x, fake, real, c, distance=huber(0.2 / 18**0.5))
+    torch.testing.assert_close(got, expected)
 
 
 BENCH = (-0.133185, -0.132246)  # KL(p_t || q_t) at a = .8, s = .6, student (.2, 1.1)
@@ -153,7 +164,7 @@ def test_implicit_loss_under_no_grad_is_dmd() -> None:
         x, mu_, u_ = student(0.2, 1.1)
         with torch.no_grad():
             fake, real = estimates(x, c, 0.2, 1.1, MEAN, STD)
-        loss = sim_loss(x, fake, real, c, distance="l2", form=form) / 2
+        loss = sim_loss(x, fake, real, c, distance=L2(), form=form) / 2
         (0.64 / 0.36 * W * loss).sum().backward()
         assert (float(mu_.grad), float(u_.grad)) == pytest.approx(BENCH, abs=1e-6)
 
@@ -202,22 +213,24 @@ def dmd_objective(mu: Tensor, u: Tensor) -> Tensor:
     return ((x * direction) * w).sum() / len(TIMES)
 
 
-def sim_objective(**keys: object) -> Callable[[Tensor, Tensor], Tensor]:
+def sim_objective(distance: Distance, form: Form = "score") -> Callable[[Tensor, Tensor], Tensor]:
     def loss(mu: Tensor, u: Tensor) -> Tensor:
         x, fake, real, c, w = all_times(mu, u)
         flat = Coefs(*(p.expand_as(x).reshape(-1, 1) for p in vars(c).values()))
         x, fake, real = (v.reshape(-1, 1) for v in (x, fake, real))
-        return (sim_loss(x, fake, real, flat, c=0.1, **keys) * w.repeat(len(TIMES))).sum() / 10
+        each = sim_loss(x, fake, real, flat, distance=distance, form=form)
+        return (each * w.repeat(len(TIMES))).sum() / 10
 
     return loss
 
 
 OBJECTIVES = {
     "dmd": dmd_objective,
-    "sim": sim_objective(),
-    "sim-full": sim_objective(form="full"),
-    "sim-l2": sim_objective(distance="l2"),
-    "sim-detached": sim_objective(detach_norm=True),
+    "sim": sim_objective(huber(0.1)),
+    "sim-full": sim_objective(huber(0.1), "full"),
+    "sim-l2": sim_objective(L2()),
+    "sim-power": sim_objective(Power(p=1.5)),
+    "sim-detached": sim_objective(huber(0.1, detach_norm=True)),
 }
 
 

@@ -52,7 +52,9 @@ LAWS = [
     method.name
     for method in methods()
     for keys in [next(iter(trainer(method.name).proofs.values())).keys]
-    if make(method.name, mlp_teacher(), **keys).fixed_point.kind == "law"
+    for made in [make(method.name, mlp_teacher(), **keys)]
+    if made.fixed_point.kind == "law" and made.turns(0)[0].player == "student"
+    if "critic" in made.players
 ]
 
 

@@ -79,7 +79,7 @@ class Child:
             forkserver.ensure_running()
         self.process.start()
 
-    def wait(self, seconds: float = 120) -> Done:
+    def wait(self, seconds: float = 600) -> Done:
         """Its end; the test fails if that does not come."""
         self.process.join(seconds)
         if self.process.exitcode is None:
@@ -95,7 +95,7 @@ class Child:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.process.pid, number)
 
-    def when(self, ready: Callable[[], bool], seconds: float = 120) -> None:
+    def when(self, ready: Callable[[], bool], seconds: float = 600) -> None:
         """Return as soon as something is so; the test fails if the child ends without it."""
         end, running = time.monotonic() + seconds, True
         while not ready():

@@ -104,10 +104,14 @@ def averaged_on_critic_steps() -> None:
 
 def guided_twice() -> None:
     """The teacher's guided output is guided once more."""
-    from stepdistill.trainers.score import dmd
+    from stepdistill.losses.guides import Teacher
 
-    once = dmd.guided
-    dmd.guided = lambda den, x_t, t, cond, scale=1.0: once(den, x_t, t, cond, scale * scale)
+    once = Teacher.scales
+
+    def twice(self: Any, scale: float, u: Any) -> Any:
+        return once(self, scale * scale, u)
+
+    Teacher.scales = twice
 
 
 def one_cell_off() -> None:

@@ -180,6 +180,27 @@ def dit_teacher() -> Denoiser:
     return Denoiser(net, RF(), "velocity", classes=("a", "b", "c"), null_label=3)
 
 
+def unet_teacher() -> Denoiser:
+    """A flow teacher on 8x8 images with three classes, by diffusers' UNet with attention."""
+    from diffusers import UNet2DModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = UNet2DModel(
+            sample_size=8,
+            in_channels=1,
+            out_channels=1,
+            layers_per_block=1,
+            block_out_channels=(8, 16),
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+            attention_head_dim=4,
+            norm_num_groups=4,
+            num_class_embeds=4,
+        )
+    return Denoiser(net, RF(), "velocity", classes=("a", "b", "c"), null_label=3)
+
+
 def make(
     method: str,
     teacher: Denoiser,

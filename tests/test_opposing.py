@@ -10,8 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from stepdistill.diffusion.denoiser import Denoiser
-from stepdistill.diffusion.process import RF
 from stepdistill.losses.adversarial import AdversarialLoss, Hinge, NonSaturating, Relativistic
 from stepdistill.losses.features import Pixels, Projected, RandomConv, Timm, widths
 from stepdistill.losses.heads import Discriminator, Mlp, Quadratic, Tokens
@@ -20,7 +18,17 @@ from stepdistill.run.errors import UserError
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.score.ladd import TeacherConfig, TeacherOpponent
 from stepdistill.trainers.score.opponent import Opponent, PictureConfig, PictureOpponent
-from tests.helpers import batch_of, dit_teacher, hermite2, make, mlp_teacher, noise, run, saved
+from tests.helpers import (
+    batch_of,
+    dit_teacher,
+    hermite2,
+    make,
+    mlp_teacher,
+    noise,
+    run,
+    saved,
+    unet_teacher,
+)
 
 LOSSES = [Hinge(), NonSaturating(), Relativistic()]
 A, S = 0.8, 0.6  # of the bench's noised states
@@ -41,25 +49,6 @@ def log_density(x_t: Tensor, law: tuple[float, float]) -> Tensor:
 def best_logit(x_t: Tensor) -> Tensor:
     """log q / p of the bench."""
     return log_density(x_t, Q) - log_density(x_t, P)
-
-
-def unet_teacher() -> Denoiser:
-    """A flow teacher on 8x8 images, by diffusers' UNet2DModel with attention."""
-    from diffusers import UNet2DModel
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        net = UNet2DModel(
-            sample_size=8,
-            in_channels=1,
-            out_channels=1,
-            block_out_channels=(8, 16),
-            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-            norm_num_groups=4,
-            layers_per_block=1,
-        )
-    return Denoiser(net, RF(), "velocity")
 
 
 def waken(opponent: Opponent) -> None:

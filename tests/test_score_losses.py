@@ -10,9 +10,10 @@ from torch import Tensor
 
 from stepdistill.diffusion.process import RF, Coefs
 from stepdistill.losses.distance import L2, Distance, Power, PseudoHuber
-from stepdistill.losses.distribution import dmd_direction
+from stepdistill.losses.gap import MeanAbs, Seen, product
 from stepdistill.losses.implicit import Form, sim_loss
 from stepdistill.losses.regression import pull
+from stepdistill.losses.transport import Plain
 from tests.helpers import MEAN, STD, descend, gaussian_clean, hermite2
 
 Z, E, W = hermite2(80)
@@ -136,6 +137,14 @@ def test_sim_norm_is_over_a_whole_sample() -> None:
     c = Coefs(*(torch.ones(5, 1, 1, 1) for _ in range(4)))
     got = sim_loss(x, fake, real, c, distance=huber(0.2 / 18**0.5))
     torch.testing.assert_close(got, expected)
+
+
+def dmd_direction(fake: Tensor, real: Tensor, reference: Tensor, **keys: float) -> Tensor:
+    """The direction of ``dmd``: the plain gap under DMD's normaliser."""
+    t = reference.new_zeros(len(reference))
+    at = Coefs(t, t, t, t)
+    seen = Seen(reference, reference, None, t, at, reference, fake, real)
+    return product((MeanAbs(**keys),), seen) * Plain()(fake, real)
 
 
 BENCH = (-0.133185, -0.132246)  # KL(p_t || q_t) at a = .8, s = .6, student (.2, 1.1)

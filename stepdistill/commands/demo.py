@@ -65,19 +65,12 @@ def demo(out: Path, *, num: int = 2000, methods: Sequence[str] | None = None) ->
     began = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     reference = open_reference("digits", None, METRICS, "cpu")
-    teacher = evaluate(
-        TEACHER,
-        reference,
-        steps=TEACHER_STEPS,
-        num=num,
-        metrics=METRICS,
-        seed=SEED,
-        method="teacher",
-    )
+    teacher = teacher_rows(reference, num)
     train_all(out / "runs", chosen)
     rows: list[Row] = []
     for method in chosen:
-        rows += deliver(out, method, reference, num)
+        run, folder = out / "runs" / method, out / "pipelines" / method
+        rows += deliver(run, folder, reference, method, steps=STEPS, num=num)
     everything = [*teacher, *rows]
     write_text(
         out / "results.json", json.dumps([row.model_dump() for row in everything], indent=1) + "\n"
@@ -120,20 +113,43 @@ def train_all(runs: Path, methods: Sequence[str]) -> None:
         raise CheckFailed(f"demo: training did not finish: {', '.join(failed)}")
 
 
-def deliver(out: Path, method: str, reference: Reference, num: int) -> list[Row]:
-    """Export a trained method with its check, and evaluate what was exported."""
-    run, folder = out / "runs" / method, out / "pipelines" / method
-    difference = export(run, folder, overwrite=True)
-    print(f"{method}: exported, largest difference {difference:.1g}", file=sys.stderr, flush=True)
-    rows = evaluate(
-        folder,
+def teacher_rows(reference: Reference, num: int) -> list[Row]:
+    """The teacher's figures at each of its numbers of steps."""
+    return evaluate(
+        TEACHER,
         reference,
-        steps=STEPS,
+        steps=TEACHER_STEPS,
         num=num,
         metrics=METRICS,
         seed=SEED,
-        name=method,
-        method=method,
+        method="teacher",
+    )
+
+
+def deliver(
+    run: Path, folder: Path, reference: Reference, name: str, *, steps: Sequence[int], num: int
+) -> list[Row]:
+    """Export a finished run with its check, and evaluate what was exported.
+
+    Args:
+        run: its folder.
+        folder: of the pipeline, replaced if it is there.
+        reference: the real images.
+        name: of method and model in the rows.
+        steps: sampler steps; those that the student does not have are left out.
+        num: samples of each evaluation.
+    """
+    difference = export(run, folder, overwrite=True)
+    print(f"{name}: exported, largest difference {difference:.1g}", file=sys.stderr, flush=True)
+    rows = evaluate(
+        folder,
+        reference,
+        steps=steps,
+        num=num,
+        metrics=METRICS,
+        seed=SEED,
+        name=name,
+        method=name,
         trust_remote_code=True,
     )
     seconds = read_rows(run)[-1]["seconds"]

@@ -23,21 +23,19 @@ from typing import Any
 
 import torch
 
-from stepdistill.commands.demo import METRICS, SEED, TEACHER
-from stepdistill.commands.evaluate import evaluate, open_reference
-from stepdistill.commands.export import export
+from stepdistill.commands.demo import METRICS, TEACHER, deliver, teacher_rows
+from stepdistill.commands.evaluate import open_reference
 from stepdistill.commands.job import job
 from stepdistill.commands.read import read_config
 from stepdistill.commands.train import Source
 from stepdistill.commands.watch import Watch
 from stepdistill.eval.runner import Reference, Row
+from stepdistill.run.assets import load_teacher
 from stepdistill.run.config import CONFIGS
 from stepdistill.run.errors import CheckFailed, UserError
 from stepdistill.run.files import write_text
-from stepdistill.run.log import read_rows
 from stepdistill.run.versions import versions
 
-TEACHER_STEPS = (1, 2, 4, 32)
 WARM, TIMED = 3, 9
 
 
@@ -90,15 +88,7 @@ def students(
     """
     entries = plan(names or shipped(steps), steps, seeds)
     reference = open_reference("digits", None, METRICS, "cpu")
-    teacher = evaluate(
-        TEACHER,
-        reference,
-        steps=TEACHER_STEPS,
-        num=num,
-        metrics=METRICS,
-        seed=SEED,
-        method="teacher",
-    )
+    teacher = teacher_rows(reference, num)
     cores = 1 if torch.cuda.is_available() else os.cpu_count() or 1
     with ThreadPoolExecutor(cores) as pool:
         codes = list(pool.map(lambda entry: train(out, entry, seconds), entries))
@@ -151,8 +141,6 @@ def keys_for(name: str, steps: int) -> tuple[str, ...] | None:
         return None
     if "student_steps" in cls.Config.model_fields:
         return (f"student_steps={steps}",)
-    from stepdistill.run.assets import load_teacher
-
     return () if steps in cls(config, load_teacher(TEACHER)).grids() else None
 
 
@@ -173,11 +161,7 @@ def train(out: Path, entry: Entry, seconds: float) -> int:
     count = json.loads(plan.read_text(encoding="utf-8"))["steps"]
     call = [sys.executable, "-m", "stepdistill", "train", entry.config, f"run={run}"]
     call += [f"seed={entry.seed}", f"steps={count}", "resume=auto", "log.tensorboard=false"]
-    call += [
-        "eval.every_steps=0",
-        "sample.every_steps=0",
-        *entry.keys,
-    ]
+    call += ["eval.every_steps=0", "sample.every_steps=0", *entry.keys]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TTY_COMPATIBLE": "0"}
     return subprocess.run(call, env=env, stdout=subprocess.DEVNULL, check=False).returncode
 
@@ -210,21 +194,8 @@ def judged(out: Path, entry: Entry, reference: Reference, num: int) -> list[Row]
     kept = run / f"figures-k{entry.steps}-{num}.json"
     if kept.is_file():
         return [Row.model_validate(row) for row in json.loads(kept.read_text(encoding="utf-8"))]
-    folder = out / "pipelines" / entry.name
-    export(run, folder, overwrite=True)
-    rows = evaluate(
-        folder,
-        reference,
-        steps=(entry.steps,),
-        num=num,
-        metrics=METRICS,
-        seed=SEED,
-        name=entry.config,
-        method=entry.config.removesuffix("-digits"),
-        trust_remote_code=True,
-    )
-    for row in rows:
-        row.train_seconds = round(read_rows(run)[-1]["seconds"], 1)
+    folder, name = out / "pipelines" / entry.name, entry.config.removesuffix("-digits")
+    rows = deliver(run, folder, reference, name, steps=(entry.steps,), num=num)
     write_text(kept, json.dumps([row.model_dump() for row in rows], indent=1) + "\n")
     return rows
 

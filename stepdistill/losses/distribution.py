@@ -1,4 +1,4 @@
-"""Distribution matching: the direction from the score gap, and the targets of the fake score.
+"""Distribution matching: noising a sample further, and the targets of the fake score.
 
 Letters: a = alpha, s = sigma of the process at the target time t; a_s, s_s at the level of the
 sample that is noised (a_s = 1, s_s = 0 for a clean one); e fresh noise.
@@ -13,21 +13,6 @@ from torch import Tensor
 
 from stepdistill.diffusion.heads import Head
 from stepdistill.diffusion.process import Coefs
-
-
-def dmd_direction(fake: Tensor, real: Tensor, reference: Tensor, floor: float = 1e-4) -> Tensor:
-    """DMD's gradient direction (D_F - D_T) / mean|ref - D_T|, per sample.
-
-    Args:
-        fake: the fake score's clean estimate [B, ...].
-        real: the teacher's clean estimate, guided if it is.
-        reference: the student's clean sample that the normaliser measures.
-        floor: lower bound of the normaliser.
-
-    Source: DMD2 (Yin et al. 2024), the gradient of its distribution-matching loss.
-    """
-    size = (reference - real).abs().flatten(1).mean(dim=1).clamp_min(floor)
-    return (fake - real) / size.reshape(-1, *(1,) * (fake.dim() - 1))
 
 
 @dataclass(frozen=True)

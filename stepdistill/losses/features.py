@@ -6,8 +6,7 @@ A new one is a subclass with ``build``; a config names it by ``features: {kind: 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch.nn.functional import interpolate
 
 from stepdistill.run.errors import UserError
 from stepdistill.run.plug import Plug
+from stepdistill.run.rng import seeded
 
 
 class ImageFeatures(Plug):
@@ -107,14 +107,6 @@ class Timm(ImageFeatures):
             text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             raise UserError(f"features.model={self.model}: {text}") from error
         return Resized(net, net.pretrained_cfg)
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Weights made in this context are those of a seed; other randomness goes on as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
 
 
 class Stages(nn.Module):

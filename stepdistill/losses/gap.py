@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from stepdistill.diffusion.process import Coefs
+from stepdistill.diffusion.process import Coefs, expand
 from stepdistill.losses.reward import Reward as AnyReward
 from stepdistill.losses.reward import rewards
 from stepdistill.run.plug import Plug, plug
@@ -46,11 +46,6 @@ class Seen:
     ratio: Tensor | None = None
 
 
-def per_sample(value: Tensor, like: Tensor) -> Tensor:
-    """Numbers [B] in a shape that multiplies samples [B, ...]."""
-    return value.reshape(-1, *(1,) * (like.dim() - 1))
-
-
 class Weight(Plug):
     """A factor of the direction."""
 
@@ -67,7 +62,7 @@ class MeanAbs(Weight):
     def __call__(self, seen: Seen) -> Tensor:
         """See :class:`Weight`."""
         size = (seen.reference - seen.real).abs().flatten(1).mean(dim=1).clamp_min(self.floor)
-        return per_sample(1 / size, seen.x)
+        return expand(1 / size, seen.x)
 
 
 class Vsd(Weight):
@@ -103,7 +98,7 @@ class Reward(Weight):
         """See :class:`Weight`."""
         value = rewards(self.reward, seen.reference, seen.label)
         weight = (self.beta * (value - self.centre) / self.scale).exp()
-        return per_sample(weight.clamp(self.low, self.high), seen.x)
+        return expand(weight.clamp(self.low, self.high), seen.x)
 
 
 class Saliency(Weight):
@@ -123,10 +118,10 @@ class Saliency(Weight):
             (slope,) = torch.autograd.grad(value.sum(), leaf)
         size = slope.float().abs()
         size = size.mean(dim=1, keepdim=True) if size.dim() > 2 else size
-        most = per_sample(size.flatten(1).amax(dim=1), size)
+        most = expand(size.flatten(1).amax(dim=1), size)
         share = torch.where(most > 0, size / most, 1.0)
         weight = self.floor + (1 - self.floor) * share
-        return weight / per_sample(weight.flatten(1).mean(dim=1), weight)
+        return weight / expand(weight.flatten(1).mean(dim=1), weight)
 
 
 class Likelihood(Weight):
@@ -145,7 +140,7 @@ class Likelihood(Weight):
 
 def product(weights: tuple[Weight, ...], seen: Seen) -> Tensor:
     """The product of weights, as factors of the sample; 1 of none."""
-    out = torch.ones_like(seen.t).reshape(-1, *(1,) * (seen.x.dim() - 1))
+    out = expand(torch.ones_like(seen.t), seen.x)
     for weight in weights:
         out = out * weight(seen)
     return out

@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from stepdistill.run.plug import Plug
+from stepdistill.run.rng import seeded
 
 LABEL_WIDTH = 16  # channels that tell a head the class
 
@@ -133,8 +134,7 @@ class Discriminator(nn.Module):
     def __init__(self, head: HeadPlug, channels: Sequence[int], seed: int, labels: int = 0) -> None:
         super().__init__()
         more = LABEL_WIDTH if labels else 0
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             self.heads = nn.ModuleList(head.build(count + more) for count in channels)
             self.label = nn.Embedding(labels, LABEL_WIDTH) if labels else None
 

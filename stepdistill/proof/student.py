@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.oracles.denoiser import Oracle, OracleAdapter
+from stepdistill.run.rng import seeded
 
 Kind = Literal["table", "smooth", "series", "network"]
 
@@ -164,8 +165,7 @@ def begin(oracle: Oracle, kind: Kind, *, fresh: bool = False, seed: int = 0) -> 
     """
     (dim,) = oracle.sample_shape
     labels = len(oracle.classes) + 1 if oracle.classes else 0
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         kinds: dict[Kind, Callable[[int, int], nn.Module]] = {
             "table": Table,
             "smooth": Smooth,

@@ -9,7 +9,8 @@ is plain wrapping int64, the same on every device.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from zlib import crc32
 
@@ -95,3 +96,11 @@ class Rng:
         """Integers in [0, high), int64 [B]."""
         word = self.bits(stream, index, 1)[:, 0]
         return ((word >> 31) & 0xFFFFFFFF) % high
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Weights made in this context are those of a seed; other randomness goes on as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield

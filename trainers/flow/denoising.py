@@ -18,7 +18,7 @@ from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.diffusion.process import RF, VP, Process
 from stepdistill.diffusion.timesteps import Density, LogitNormal
 from stepdistill.run.errors import UserError
-from stepdistill.run.rng import Rng
+from stepdistill.run.rng import Rng, seeded
 from stepdistill.trainers.base import Loss, Pass, Trainer, Turn
 from stepdistill.trainers.fixed_point import FixedPoint, Proof
 from stepdistill.trainers.settings import Section, TrainConfig
@@ -131,8 +131,7 @@ def building(network: NetworkConfig, seed: int) -> Iterator[Callable[[], nn.Modu
         raise UserError(f"network.type: diffusers has no class {kind}")
     if kind not in ADAPTERS:
         raise UserError(f"network.type={kind} has no adapter; known are {', '.join(ADAPTERS)}")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         try:
             yield lambda: cls(**network.config)
         except UserError:

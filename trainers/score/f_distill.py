@@ -12,9 +12,10 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
+from stepdistill.diffusion.process import expand
 from stepdistill.losses.adversarial import NonSaturating
 from stepdistill.losses.divergence import Divergence, JensenShannon
-from stepdistill.losses.gap import Seen, per_sample
+from stepdistill.losses.gap import Seen
 from stepdistill.run.errors import UserError
 from stepdistill.run.plug import plug
 from stepdistill.trainers.fixed_point import FixedPoint, Proof
@@ -88,7 +89,7 @@ class FDistillTrainer(Matching, GridTrainer):
         c = self.config
         r = seen.ratio.clamp(c.least_ratio, c.greatest_ratio)
         weight = c.divergence.weight(r) / c.divergence.weight(r.new_ones(()))
-        return per_sample(weight, plain) * plain
+        return expand(weight, plain) * plain
 
 
 TRAINER = FDistillTrainer

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from stepdistill.data.batch import Batch
-from stepdistill.diffusion.sampler import full, sample
+from stepdistill.diffusion.sampler import full
 from stepdistill.losses.adversarial import NonSaturating
 from stepdistill.losses.preference import preference_loss
 from stepdistill.losses.reward import Reward, rewards
@@ -168,20 +168,6 @@ class FlashDMDTrainer(Matching, GridTrainer):
             t = full(x, grid[place])
             x_t = self.process.noise(x, self.z(batch, rng, "again"), t)
         return self.shown(student(x_t, t, batch.cond).x)
-
-    def walk(self, batch: Batch, rng: Rng, stop: int | None) -> Tensor:
-        """The state after ``stop`` steps of the sampler, or its images."""
-        (grid,) = self.grids().values()
-        return sample(
-            self.denoiser("student"),
-            self.z(batch, rng),
-            grid,
-            batch.cond,
-            noise=self.noise,
-            clip=self.config.clip,
-            fresh=lambda i: self.z(batch, rng, f"fresh-{i}"),
-            stop=stop,
-        )
 
     def discriminator_loss(self, batch: Batch, rng: Rng) -> Loss:
         """Tell samples of low exits from the data: the student's own, or fresh ones."""

@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from stepdistill.data.batch import Batch
 from stepdistill.diffusion.sampler import full, sample
@@ -39,23 +40,28 @@ class GridTrainer(ScoreTrainer):
         """How many steps of the grid, from the noisiest, are exits."""
         return self.config.student_steps
 
+    def walk(self, batch: Batch, rng: Rng, stop: int | None) -> Tensor:
+        """The state after ``stop`` steps of the sampler from pure noise; its images if None."""
+        (grid,) = self.grids().values()
+        return sample(
+            self.denoiser(self.active),
+            self.z(batch, rng),
+            grid,
+            batch.cond,
+            noise=self.noise,
+            clip=self.config.clip,
+            fresh=lambda i: self.z(batch, rng, f"fresh-{i}"),
+            stop=stop,
+        )
+
     def generate(self, batch: Batch, rng: Rng, *, exact: bool) -> Sample:
         """The clean image predicted at one exit of the grid, the same on every process."""
         (grid,) = self.grids().values()
         exit_at = rng.integer("exit", self.exits)
-        student = self.denoiser(self.active)
         with torch.no_grad():
-            x_t = sample(
-                student,
-                self.z(batch, rng),
-                grid,
-                batch.cond,
-                noise=self.noise,
-                clip=self.config.clip,
-                fresh=lambda i: self.z(batch, rng, f"fresh-{i}"),
-                stop=exit_at,
-            )
-        x = self.shown(student(x_t, full(x_t, grid[exit_at]), batch.cond).x)
+            x_t = self.walk(batch, rng, exit_at)
+        t = full(x_t, grid[exit_at])
+        x = self.shown(self.denoiser(self.active)(x_t, t, batch.cond).x)
         return Sample(x, 0.0, x)
 
     def passes(self) -> list[Pass]:

@@ -4,6 +4,7 @@ are in terms of each other."""
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -273,8 +274,8 @@ def test_snoopi_is_a_config_of_swiftbrush() -> None:
     assert not made.fixed_point.guided
     batch, scales = made.batch(0), []
     for step in range(200):
-        u = Rng(0).at(step).uniform("guide", batch.index)
-        teacher, fake = config.guide.scales(config.guidance, u)
+        draw = partial(Rng(0).at(step).uniform, "guide", batch.index)
+        teacher, fake = config.guide.scales(config.guidance, draw)
         assert torch.equal(teacher, fake)
         scales.append(teacher)
     drawn = torch.cat(scales)

@@ -6,6 +6,7 @@ A new one is a subclass with ``scales``; a config names it by ``guide: {kind: FI
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import ClassVar
 
 from pydantic import Field, ValidationInfo, field_validator
@@ -15,6 +16,7 @@ from torch import Tensor
 from stepdistill.run.plug import Plug
 
 Scale = float | Tensor
+Draw = Callable[[], Tensor]
 
 
 class Guide(Plug):
@@ -38,14 +40,19 @@ class Guide(Plug):
         return 1.0
 
     @abstractmethod
-    def scales(self, scale: float, u: Tensor) -> tuple[Scale, Scale]:
-        """Scales of teacher and fake score, one number or one a sample, from uniforms u [B]."""
+    def scales(self, scale: float, draw: Draw) -> tuple[Scale, Scale]:
+        """Scales of teacher and fake score, one number or one a sample.
+
+        Args:
+            scale: the config's ``guidance``.
+            draw: gives uniforms [B] in (0, 1); a policy that draws nothing does not call it.
+        """
 
 
 class Teacher(Guide):
     """The teacher alone, by ``guidance``."""
 
-    def scales(self, scale: float, u: Tensor) -> tuple[Scale, Scale]:
+    def scales(self, scale: float, draw: Draw) -> tuple[Scale, Scale]:
         """See :meth:`Guide.scales`."""
         return scale, 1.0
 
@@ -55,7 +62,7 @@ class Both(Guide):
 
     fakes = True
 
-    def scales(self, scale: float, u: Tensor) -> tuple[Scale, Scale]:
+    def scales(self, scale: float, draw: Draw) -> tuple[Scale, Scale]:
         """See :meth:`Guide.scales`."""
         return scale, scale
 
@@ -78,9 +85,9 @@ class Spread(Guide):
         """Always: the config's ``guidance`` plays no part."""
         return True
 
-    def scales(self, scale: float, u: Tensor) -> tuple[Scale, Scale]:
+    def scales(self, scale: float, draw: Draw) -> tuple[Scale, Scale]:
         """See :meth:`Guide.scales`."""
-        drawn = self.low + u * (self.high - self.low)
+        drawn = self.low + draw() * (self.high - self.low)
         return drawn, drawn
 
 
@@ -105,6 +112,6 @@ class LongShort(Guide):
         """See :meth:`Guide.trained`."""
         return self.train
 
-    def scales(self, scale: float, u: Tensor) -> tuple[Scale, Scale]:
+    def scales(self, scale: float, draw: Draw) -> tuple[Scale, Scale]:
         """See :meth:`Guide.scales`."""
         return scale, self.fake

@@ -77,7 +77,6 @@ class ScoreConfig(TrainConfig):
     adversary: AdversaryConfig | None = Field(
         None, description="an adversarial head beside the scores, which needs data; null: none"
     )
-
     terms: tuple[plug(Term), ...] = Field(  # type: ignore[valid-type]
         (), description="what is added to the student's loss on its clean samples, such as a reward"
     )
@@ -226,14 +225,14 @@ class ScoreTrainer(Trainer):
         features alone.
         """
         c, cond = self.config, batch.cond
-        scale_real, scale_fake = c.guide.scales(c.guidance, rng.uniform("guide", batch.index))
+        real, fake = c.guide.scales(c.guidance, lambda: rng.uniform("guide", batch.index))
         if self.target is not self.teacher:
-            scale_real = 1.0
+            real = 1.0
         own, theirs = self.taps()
         found = []
         for den, scale, taps in (
-            (self.denoiser(self.fake), scale_fake, own),
-            (self.target, scale_real, theirs),
+            (self.denoiser(self.fake), fake, own),
+            (self.target, real, theirs),
         ):
             with nullcontext() if graph or taps else torch.no_grad():
                 tail: Literal["whole", "frozen"] = "whole" if graph else "frozen"

@@ -244,13 +244,23 @@ def bench_students(
     seconds: Annotated[float, typer.Option(help="training budget of each run", min=1)] = 300,
     seeds: Annotated[str, typer.Option(help="seeds, by commas")] = "0,1,2",
     num: Annotated[int, typer.Option(help="samples of each evaluation", min=100)] = 2000,
+    record: Annotated[
+        Path | None, typer.Option(help="plans and figures so far; OUT/record.json if left out")
+    ] = None,
     markdown: Annotated[Path | None, typer.Option(help="put the table into this file")] = None,
 ) -> None:
-    """Distil the digits teacher by every method on one budget; runs that are there are kept."""
+    """Distil the digits teacher by every method on one budget; what is recorded is kept."""
     from stepdistill.commands.students import students
 
     students(
-        out, names=config, steps=steps, seconds=seconds, seeds=seeds, num=num, markdown=markdown
+        out,
+        names=config,
+        steps=steps,
+        seconds=seconds,
+        seeds=seeds,
+        num=num,
+        record=record,
+        markdown=markdown,
     )
 
 

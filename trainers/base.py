@@ -98,6 +98,7 @@ class Trainer(ABC):
     sizes: tuple[int, ...] = (1,)
     group = 1  # neighbours in a batch whose drawn class is one and the same
     clips: ClassVar[bool] = False
+    shortens: ClassVar[bool] = True  # whether students reach the teacher's law in fewer steps
     proofs: ClassVar[Mapping[str, Proof]] = {}
 
     def __init__(

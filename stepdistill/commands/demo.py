@@ -6,11 +6,9 @@ import json
 import math
 import os
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from rich.console import Console
 
 from stepdistill.commands.evaluate import evaluate, open_reference
 from stepdistill.commands.export import export
+from stepdistill.commands.fleet import Fleet
 from stepdistill.commands.picture import write_picture
 from stepdistill.commands.report import Curve, Grid, write_report
 from stepdistill.eval.generate import generate, load_pipeline
@@ -82,33 +81,14 @@ def demo(out: Path, *, num: int = 2000, methods: Sequence[str] | None = None) ->
 
 
 def train_all(runs: Path, methods: Sequence[str]) -> None:
-    """Train every method in a process of its own, as many at a time as there are cores.
-
-    One thread each is the fastest use of few cores for networks as small as these.
+    """Train every method, as many at a time as there are cores.
 
     Raises:
         CheckFailed: a training ended with an error; its own line tells why.
     """
-    cores = 1 if torch.cuda.is_available() else os.cpu_count() or 1
-    threads = str(max(1, cores // len(methods)))
-    env = {**os.environ, "OMP_NUM_THREADS": threads, "TTY_COMPATIBLE": "0"}
-    children: list[subprocess.Popen[bytes]] = []
-
-    def one(method: str) -> int:
-        call = [sys.executable, "-m", "stepdistill", "train", f"{method}-digits"]
-        call += [f"run={runs / method}", "resume=auto", "log.tensorboard=false"]
-        child = subprocess.Popen(call, env=env, stdout=subprocess.DEVNULL)
-        children.append(child)
-        return child.wait()
-
-    with ThreadPoolExecutor(cores) as pool:
-        try:
-            codes = dict(zip(methods, pool.map(one, methods), strict=True))
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for child in children:
-                child.terminate()
-    failed = [f"{method} (exit code {code})" for method, code in codes.items() if code]
+    fleet = Fleet(len(methods))
+    codes = fleet.each(lambda name: fleet.train(f"{name}-digits", runs / name), methods)
+    failed = [f"{name} (exit code {n})" for name, n in zip(methods, codes, strict=True) if n]
     if failed:
         raise CheckFailed(f"demo: training did not finish: {', '.join(failed)}")
 

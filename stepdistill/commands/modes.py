@@ -11,7 +11,7 @@ from datetime import date
 from pathlib import Path
 
 from stepdistill.commands.prove import one_thread
-from stepdistill.commands.students import replace_section
+from stepdistill.commands.students_table import replace_section
 from stepdistill.proof.modes import Shares, entries, student_of, times, untrained
 from stepdistill.run.errors import UserError
 from stepdistill.run.versions import versions

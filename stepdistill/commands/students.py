@@ -1,32 +1,31 @@
 """bench students: every method's student of the digits teacher, on one budget of training time.
 
-Each run is a training of its own, as many at a time as there are cores, one thread each. Its
-number of steps is its budget over the time that a step takes, measured just before. What is
-there already is kept, so a benchmark that was stopped goes on.
+Each run is a training of its own, one core each. Its number of steps is its budget over the time
+that a step takes, measured before the first run. Plans and figures are kept in a record, a run
+each; what it holds is not made again, so a benchmark that was stopped goes on, and one that is in
+the record from elsewhere is finished here.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from threading import Lock
 
 import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from stepdistill.commands.demo import METRICS, TEACHER, deliver, teacher_rows
 from stepdistill.commands.evaluate import open_reference
+from stepdistill.commands.fleet import Fleet
 from stepdistill.commands.job import job
 from stepdistill.commands.read import read_config
+from stepdistill.commands.students_table import replace_section, section
 from stepdistill.commands.train import Source
 from stepdistill.commands.watch import Watch
 from stepdistill.eval.runner import Reference, Row
@@ -34,7 +33,6 @@ from stepdistill.run.assets import load_teacher
 from stepdistill.run.config import CONFIGS
 from stepdistill.run.errors import CheckFailed, UserError
 from stepdistill.run.files import write_text
-from stepdistill.run.versions import versions
 
 WARM, TIMED = 3, 9
 
@@ -47,18 +45,55 @@ class Entry:
         config: name of the config.
         steps: sampler steps of its student.
         seed: of the run.
-        keys: overrides by which it has so many steps; a run without any serves every number.
+        keys: overrides by which the config takes part.
+        any_steps: whether one run serves every number of sampler steps.
     """
 
     config: str
     steps: int
     seed: int
-    keys: tuple[str, ...] = ()
+    keys: tuple[str, ...]
+    any_steps: bool
+
+    @property
+    def plan(self) -> str:
+        """Name of its plan."""
+        return f"{self.config}{'' if self.any_steps else f'-k{self.steps}'}"
+
+    @property
+    def run(self) -> str:
+        """Name of its run."""
+        return f"{self.plan}-s{self.seed}"
+
+    @property
+    def method(self) -> str:
+        """Name of its method in the table."""
+        return self.config.removesuffix("-digits")
 
     @property
     def name(self) -> str:
-        """Name of its folder."""
-        return f"{self.config}{f'-k{self.steps}' if self.keys else ''}-s{self.seed}"
+        """Name of its figures."""
+        return f"{self.config}-k{self.steps}-s{self.seed}"
+
+
+class Plan(BaseModel):
+    """How many training steps fit into the budget, and by what time a step."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    steps: int
+    seconds_a_step: float
+
+
+class Record(BaseModel):
+    """All that a benchmark has found so far."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    seconds: float
+    num: int
+    plans: dict[str, Plan] = {}
+    rows: dict[str, Row] = {}
 
 
 def students(
@@ -69,109 +104,186 @@ def students(
     seconds: float,
     seeds: str,
     num: int,
+    record: Path | None,
     markdown: Path | None,
 ) -> list[Row]:
-    """Train, export and evaluate; print the table and write ``out``/results-k<steps>.json.
+    """Train, export and evaluate; print the table.
 
     Args:
-        out: folder of runs; those that it holds are not trained again.
-        names: configs; all that distil the shipped digits teacher if none.
+        out: folder of runs and pipelines.
+        names: configs; all that distil a shipped digits teacher if none.
         steps: sampler steps of the students.
         seconds: training budget of each.
         seeds: by commas.
         num: samples of each evaluation.
+        record: file of plans and figures; ``out``/record.json if none.
         markdown: a file whose section for this number of steps is replaced or added.
 
     Raises:
-        UserError: no such config, or one whose student cannot have so many steps.
+        UserError: no such config, one whose student cannot have so many steps, or a record of
+            another budget.
         CheckFailed: a training ended with an error; its own line tells why.
     """
-    entries = plan(names or shipped(steps), steps, seeds)
+    entries = entries_of(names, steps, seeds)
     reference = open_reference("digits", None, METRICS, "cpu")
+    rows = Bench(out, record or out / "record.json", reference, seconds, num).rows(entries)
     teacher = teacher_rows(reference, num)
-    cores = 1 if torch.cuda.is_available() else os.cpu_count() or 1
-    with ThreadPoolExecutor(cores) as pool:
-        codes = list(pool.map(lambda entry: train(out, entry, seconds), entries))
-    failed = [entry.name for entry, code in zip(entries, codes, strict=True) if code]
-    if failed:
-        raise CheckFailed(f"training did not finish: {', '.join(failed)}")
-    rows = [row for entry in entries for row in judged(out, entry, reference, num)]
-    text = json.dumps([row.model_dump() for row in [*teacher, *rows]], indent=1)
-    write_text(out / f"results-k{steps}.json", text + "\n")
-    table = section(rows, teacher, steps, seconds, num)
+    guided = {e.method for e in entries if read_config(e.config, e.keys)[1].guided}
+    table = section(rows, teacher, steps=steps, seconds=seconds, num=num, guided=guided)
     print(table)
     if markdown is not None:
         replace_section(markdown, table)
     return rows
 
 
-def plan(names: Sequence[str], steps: int, seeds: str) -> list[Entry]:
+class Bench:
+    """Plans, runs and figures, each made unless the record holds it.
+
+    Args:
+        out: folder of runs and pipelines.
+        file: the record's.
+        reference: the real images.
+        seconds: training budget of each run.
+        num: samples of each evaluation.
+
+    Raises:
+        UserError: a record of another budget.
+    """
+
+    def __init__(
+        self, out: Path, file: Path, reference: Reference, seconds: float, num: int
+    ) -> None:
+        self.out, self.file, self.reference = out, file, reference
+        self.record, self.lock = read_record(file, seconds, num), Lock()
+
+    def rows(self, entries: Sequence[Entry]) -> list[Row]:
+        """A row of each entry.
+
+        Raises:
+            CheckFailed: a training ended with an error.
+        """
+        todo = [entry for entry in entries if entry.name not in self.record.rows]
+        plans = {e.plan: e for e in todo if e.plan not in self.record.plans}
+        self.fleet = Fleet(len(todo))
+        for stage, items in ((self.measure, [*plans.values()]), (self.train, todo)):
+            codes = self.fleet.each(stage, items)
+            failed = [entry.run for entry, code in zip(items, codes, strict=True) if code]
+            if failed:
+                raise CheckFailed(f"training did not finish: {', '.join(failed)}")
+        return [self.record.rows[entry.name] for entry in entries]
+
+    def measure(self, entry: Entry) -> int:
+        """Plan an entry's steps; returns the exit code."""
+        file = self.out / "plans" / f"{entry.plan}.json"
+        code = self.fleet.run(
+            __name__, entry.config, str(self.record.seconds), str(file), *entry.keys
+        )
+        if code == 0:
+            with self.lock:
+                plan = Plan.model_validate_json(file.read_text(encoding="utf-8"))
+                self.record.plans[entry.plan] = plan
+                self.keep()
+        return code
+
+    def train(self, entry: Entry) -> int:
+        """Train and judge an entry; returns the training's exit code."""
+        run, folder = self.out / "runs" / entry.run, self.out / "pipelines" / entry.run
+        own = (f"seed={entry.seed}", f"steps={self.record.plans[entry.plan].steps}")
+        quiet = ("eval.every_steps=0", "sample.every_steps=0")
+        code = self.fleet.train(entry.config, run, *own, *quiet, *entry.keys)
+        if code == 0:
+            with self.lock:  # the reference keeps what it has computed, and the record is one file
+                num, steps = self.record.num, (entry.steps,)
+                rows = deliver(run, folder, self.reference, entry.method, steps=steps, num=num)
+                (self.record.rows[entry.name],) = rows
+                self.keep()
+        return code
+
+    def keep(self) -> None:
+        """Write the record."""
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(self.file, self.record.model_dump_json(indent=1, exclude_none=True) + "\n")
+
+
+def read_record(file: Path, seconds: float, num: int) -> Record:
+    """The record in a file, or a new one.
+
+    Raises:
+        UserError: the file is no record, or one of another budget or number of samples.
+    """
+    if not file.is_file():
+        return Record(seconds=seconds, num=num)
+    try:
+        kept = Record.model_validate_json(file.read_text(encoding="utf-8"))
+    except (ValidationError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: not a record of this benchmark; name another file") from error
+    if (kept.seconds, kept.num) != (seconds, num):
+        raise UserError(
+            f"{file}: holds students of {kept.seconds:g} s judged by {kept.num} samples; ask for "
+            "those, or name another file"
+        )
+    return kept
+
+
+def entries_of(names: Sequence[str] | None, steps: int, seeds: str) -> list[Entry]:
     """Every config with every seed.
 
     Raises:
         UserError: no such config, one whose student cannot have so many steps, or bad seeds.
     """
-    keys = {name: keys_for(name, steps) for name in names}
-    for name in names:
-        if keys[name] is None:
-            raise UserError(f"--config {name}: its student has no {steps} steps")
+    found = {name: entry(name, steps) for name in names or shipped()}
+    missing = [name for name, one in found.items() if one is None]
+    if names and missing:
+        raise UserError(f"--config {missing[0]}: its student has no {steps} steps")
     try:
-        return [
-            Entry(name, steps, int(seed), keys[name] or ())
-            for seed in seeds.split(",")
-            for name in names
-        ]
+        numbers = [int(seed) for seed in seeds.split(",")]
     except ValueError:
         raise UserError(f"--seeds {seeds}: write whole numbers by commas, as 0,1,2") from None
+    return [
+        Entry(one.config, steps, seed, one.keys, one.any_steps)
+        for seed in numbers
+        for one in found.values()
+        if one is not None
+    ]
 
 
-def shipped(steps: int) -> list[str]:
-    """Configs that distil the digits teacher into a student of so many steps."""
+def shipped() -> list[str]:
+    """Configs of the digits that make a teacher's law in fewer steps."""
     names = sorted(path.stem for path in CONFIGS.glob("*-digits.yaml"))
-    return [name for name in names if keys_for(name, steps) is not None]
+    return [name for name in names if read_config(name)[0].shortens]
 
 
-def keys_for(name: str, steps: int) -> tuple[str, ...] | None:
-    """The overrides by which a config's student has so many steps; None if it cannot."""
+def entry(name: str, steps: int) -> Entry | None:
+    """A config as it takes part, with seed 0; None if its student cannot have so many steps.
+
+    All learn the law of one teacher, unguided where the method does not insist.
+    """
     try:
         cls, config = read_config(name)
     except UserError as error:
         raise UserError(f"--config {name}: {error}") from error
-    if config.teacher != TEACHER:
+    keys = [f"teacher={TEACHER}"] if config.teacher != TEACHER else []
+    if config.guidance != 1:
+        plain = read_config(name, ["guidance=1"])[1]
+        insists = plain.guided or getattr(plain, "guides_fake", False)
+        keys += [] if insists else ["guidance=1"]
+    fixed = "student_steps" in cls.Config.model_fields
+    keys += [f"student_steps={steps}"] if fixed else []
+    try:
+        trainer = cls(read_config(name, keys)[1], load_teacher(TEACHER))
+    except UserError:
         return None
-    if "student_steps" in cls.Config.model_fields:
-        return (f"student_steps={steps}",)
-    return () if steps in cls(config, load_teacher(TEACHER)).grids() else None
+    if steps not in trainer.grids():
+        return None
+    return Entry(name, steps, 0, tuple(keys), any_steps=not fixed)
 
 
-def train(out: Path, entry: Entry, seconds: float) -> int:
-    """Train an entry in a process of its own unless it is finished; returns its exit code."""
-    run = out / "runs" / entry.name
-    if (run / "student").is_dir():
-        return 0
-    plan = run / "plan.json"
-    if not plan.is_file():
-        code = subprocess.run(
-            [sys.executable, "-m", __name__, entry.config, str(entry.steps), str(seconds), plan],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            check=False,
-        ).returncode
-        if code:
-            return code
-    count = json.loads(plan.read_text(encoding="utf-8"))["steps"]
-    call = [sys.executable, "-m", "stepdistill", "train", entry.config, f"run={run}"]
-    call += [f"seed={entry.seed}", f"steps={count}", "resume=auto", "log.tensorboard=false"]
-    call += ["eval.every_steps=0", "sample.every_steps=0", *entry.keys]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "TTY_COMPATIBLE": "0"}
-    return subprocess.run(call, env=env, stdout=subprocess.DEVNULL, check=False).returncode
-
-
-def plan_steps(config: str, steps: int, seconds: float, file: Path) -> None:
+def plan_steps(config: str, seconds: float, file: Path, keys: Sequence[str]) -> None:
     """Write how many training steps fit into a budget, by the median of a few."""
     torch.set_num_threads(1)
     with TemporaryDirectory() as folder:
-        keys = [*(keys_for(config, steps) or ()), f"run={folder}/run", "log.tensorboard=false"]
-        cls, settings = read_config(config, keys)
+        own = [f"run={folder}/run", "log.tensorboard=false"]
+        cls, settings = read_config(config, [*keys, *own])
         with job(settings) as (processes, net):
             trainer = cls(settings, net, wrap=processes.wrap, autocast=processes.autocast)
             last = settings.steps - WARM - TIMED  # late: every player trains then
@@ -183,78 +295,10 @@ def plan_steps(config: str, steps: int, seconds: float, file: Path) -> None:
                 trainer.step(step, next(batches))
                 times.append(time.monotonic() - began)
     each = statistics.median(times[WARM:])
-    found = {"steps": max(1, round(seconds / each)), "seconds_a_step": each}
+    plan = Plan(steps=max(1, round(seconds / each)), seconds_a_step=each)
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_text(file, json.dumps(found) + "\n")
-
-
-def judged(out: Path, entry: Entry, reference: Reference, num: int) -> list[Row]:
-    """The rows of a finished run, measured on its exported pipeline; kept in the run's folder."""
-    run = out / "runs" / entry.name
-    kept = run / f"figures-k{entry.steps}-{num}.json"
-    if kept.is_file():
-        return [Row.model_validate(row) for row in json.loads(kept.read_text(encoding="utf-8"))]
-    folder, name = out / "pipelines" / entry.name, entry.config.removesuffix("-digits")
-    rows = deliver(run, folder, reference, name, steps=(entry.steps,), num=num)
-    write_text(kept, json.dumps([row.model_dump() for row in rows], indent=1) + "\n")
-    return rows
-
-
-def section(
-    rows: Sequence[Row], teacher: Sequence[Row], steps: int, seconds: float, num: int
-) -> str:
-    """The benchmark as a section of Markdown, the best first."""
-    best = teacher[-1]
-    lines = [
-        f"## Students of {steps} step{'s' if steps > 1 else ''}, {seconds:g} s of training each",
-        "",
-        f"{date.today()}, {versions()}; `stepdistill bench students --steps {steps} --seconds "
-        f"{seconds:g}`; {num:,} samples against the digits, Frechet distance fd in the features of "
-        "the shipped digits classifier; r is fd over the teacher's at 32 steps; mean ± standard "
-        "deviation over seeds. Diversity is the mean pairwise distance of the images, and its "
-        "change against the teacher's.",
-        "",
-        "| method | fd | r | diversity | seconds | seeds |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    groups = {row.method: [r for r in rows if r.method == row.method] for row in rows}
-    for method, group in sorted(groups.items(), key=lambda item: mean(item[1], "fd")):
-        fd, spread = mean(group, "fd"), deviation(group, "fd")
-        wide = mean(group, "diversity")
-        change = wide / (best.diversity or 1) - 1
-        lines.append(
-            f"| `{method}` | {fd:.2f} ± {spread:.2f} | {fd / (best.fd or 1):.2f} "
-            f"± {spread / (best.fd or 1):.2f} | {wide:.2f} ({change:+.1%}) "
-            f"| {mean(group, 'train_seconds'):.0f} | {len(group)} |"
-        )
-    for row in teacher:
-        lines.append(
-            f"| teacher, {row.steps} steps | {row.fd:.2f} | {(row.fd or 0) / (best.fd or 1):.2f} "
-            f"| {row.diversity:.2f} | | |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def mean(rows: Sequence[Row], figure: str) -> float:
-    """Mean of a figure over rows."""
-    return statistics.fmean(getattr(row, figure) for row in rows)
-
-
-def deviation(rows: Sequence[Row], figure: str) -> float:
-    """Standard deviation of a figure over rows; 0 of one."""
-    values: list[Any] = [getattr(row, figure) for row in rows]
-    return statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-def replace_section(file: Path, text: str) -> None:
-    """Put a section into a Markdown file, in place of the one of its title up to the budget."""
-    old = file.read_text(encoding="utf-8") if file.is_file() else "# Benchmarks\n"
-    title = text.splitlines()[0].split(",")[0]
-    parts = old.split("\n## ")
-    kept = [parts[0].rstrip(), *(f"## {part.rstrip()}" for part in parts[1:])]
-    kept = [part for part in kept if part.splitlines()[0].split(",")[0] != title]
-    write_text(file, "\n\n".join([*kept, text.rstrip()]) + "\n")
+    write_text(file, plan.model_dump_json() + "\n")
 
 
 if __name__ == "__main__":
-    plan_steps(sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), Path(sys.argv[4]))
+    plan_steps(sys.argv[1], float(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])

@@ -83,6 +83,7 @@ class CRDTrainer(Trainer):
 
     Config = CRDConfig
     config: CRDConfig
+    shortens = False
     proofs: ClassVar = {
         "tilted by a reward": Proof(
             ("gaussian",),

@@ -74,6 +74,7 @@ class OPDTrainer(Trainer):
 
     Config = OPDConfig
     config: OPDConfig
+    shortens = False
     proofs: ClassVar = {
         "flow": Proof(
             ("classes",),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from stepdistill.diffusion.guidance import guided
 from stepdistill.losses.adversarial import Hinge, NonSaturating, Relativistic
 from stepdistill.losses.heads import ChannelMean, Discriminator, Mlp, Pooled, Tokens
 from stepdistill.run.errors import UserError
+from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Trainer
 from stepdistill.trainers.score.adversary import ratio
 from tests.helpers import batch_of, dit_teacher, make, mlp_teacher, noise, run, same, saved
@@ -85,6 +88,20 @@ def test_heads_take_maps_tokens_and_vectors(head) -> None:
         assert not logits.any()  # they begin at 0
     again = Discriminator(head, [5, 5, 5], seed=0)
     same({"a": dict(net.state_dict())}, {"a": dict(again.state_dict())})
+
+
+@pytest.mark.parametrize("head", HEADS[:3], ids=lambda head: head.kind)
+def test_heads_stay_fp32_under_autocast(head) -> None:
+    net = Discriminator(head, [5, 5], seed=0, labels=3)
+    with torch.no_grad():
+        for place, param in enumerate(net.parameters()):
+            param.add_(noise(place, tuple(param.shape)))
+    features, label = [noise(0, (4, 5, 3, 3)), noise(1, (4, 9, 5))], torch.tensor([0, 1, 2, 0])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (features[1] @ features[1].mT).dtype == torch.bfloat16
+        logits = net(features, label)
+    assert logits.dtype == torch.float32 and logits.any()
+    assert torch.equal(logits, net(features, label))
 
 
 @pytest.mark.parametrize("loss", [NonSaturating(), Hinge(), Relativistic()], ids=lambda x: x.kind)
@@ -169,11 +186,8 @@ def test_the_students_gradient_is_that_of_one_whole_graph(loss) -> None:
     """The adversarial part, taken in two stages behind a frozen tail, against plain autograd."""
     keys = {"adversary": {"student": 0.7, "loss": loss}}
     made = whole(make("dmd2", mlp_teacher(), weights=(), **keys))
-    batch, rng = batch_of(made, 0), None
+    batch, rng = batch_of(made, 0), Rng(0)
     (turn, *_) = made.turns(0)
-    from stepdistill.run.rng import Rng
-
-    rng = Rng(0)
     with made.players["student"].turn():
         turn.loss(batch, rng).value.backward()
     found = [p.grad.clone() for p in made.players["student"].params]
@@ -185,8 +199,11 @@ def test_the_students_gradient_is_that_of_one_whole_graph(loss) -> None:
         critic = made.denoiser("critic")
         pred = critic(x_t, t, batch.cond, taps=made.taps()[0])
         logits = made.adversary.net(list(pred.features.values()))
-        real = made.adversary.net(made.real_features(t, batch, rng)).detach()
+        real = made.adversary.net(
+            made.adversary.real(t, made.denoiser("critic"), batch, rng)
+        ).detach()
         loss_of = made.adversary.config.loss.student(logits, real).mean() * 0.7
+        loss_of = loss_of * math.prod(made.teacher.sample_shape)
         gap = (pred.x - made.teacher(x_t, t, batch.cond).x).detach()
         (loss_of + (sample.x * gap).flatten(1).sum(dim=1).mean()).backward()
     for one, param in zip(found, made.players["student"].params, strict=True):
@@ -217,6 +234,29 @@ def test_the_fake_score_alone_at_first_and_following_after() -> None:
     start = critic.weights[0].clone()
     critic.follow(student, 0.25)
     torch.testing.assert_close(critic.weights[0], start + 0.25 * (student.weights[0] - start))
+
+
+@pytest.mark.parametrize("features", ["critic", "teacher"])
+def test_data_and_samples_are_told_apart_by_passes_of_the_same_labels(
+    features, monkeypatch
+) -> None:
+    """Where labels are dropped, by those that are left; the R1 penalty's data too."""
+    keys = {"adversary": {"features": features, "r1": 1.0}, "critic_drop": 0.5, "batch_size": 32}
+    made, told = make("dmd2", mlp_teacher(), **keys), []
+    batch, rng = batch_of(made, 1), Rng(0).at(1, 1)
+    read = made.teacher if features == "teacher" else made.denoiser("critic")
+    for name in ("forward", "features"):
+        plain = getattr(Denoiser, name)
+
+        def noted(den, x_t, t, cond, *args, plain=plain, **more):
+            told.extend([cond.label] if den is read else [])
+            return plain(den, x_t, t, cond, *args, **more)
+
+        monkeypatch.setattr(Denoiser, name, noted)
+    made.critic_loss(batch, rng)
+    left = made.dropped(batch, rng).label
+    assert 0 < int((left == 3).sum()) < 32
+    assert len(told) == 3 and all(torch.equal(label, left) for label in told)
 
 
 def test_a_tap_that_is_not_there_is_one_line() -> None:

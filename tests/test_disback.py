@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from stepdistill.diffusion.denoiser import Denoiser
+from stepdistill.diffusion.guidance import guided
 from stepdistill.diffusion.process import RF
 from stepdistill.oracles.denoiser import Oracle
 from stepdistill.run.errors import UserError
@@ -88,14 +89,26 @@ def test_with_adapters_a_target_is_one_too() -> None:
     run(made, 3, 6)
     assert made.adapters() == {"student": 1, "critic": 1, "average": 1}
     fresh = make("disback", dit_teacher(), **keys)
-    assert moved(made.denoiser("critic"), made.initial)
-    assert not moved(fresh.denoiser("critic"), fresh.initial)
+    assert moved(made.denoiser("critic"), None, made.initial)
+    assert not moved(fresh.denoiser("critic"), None, fresh.initial)
 
 
 def test_a_score_that_never_moved_is_no_target() -> None:
     made = make("disback", mlp_teacher(), targets=1, record_every=1, critic={"lr": 1e-30})
-    with pytest.raises(UserError, match="step 1: the score to record is still the teacher's"):
+    with pytest.raises(UserError, match="step 1: the score to record is still the teacher, so it"):
         run(made, 0, 1)
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2}], ids=["whole", "lora"])
+def test_a_score_that_has_not_moved_since_the_last_record_is_no_target(lora, monkeypatch) -> None:
+    teacher = dit_teacher() if lora else mlp_teacher()
+    made = make("disback", teacher, targets=2, record_every=1, interval=1, batch_size=4, lora=lora)
+    run(made, 0, 1)
+    monkeypatch.setattr(made.players["critic"].optimizer, "step", lambda: None)
+    with pytest.raises(UserError, match="^step 2: the score to record is still the one before,"):
+        run(made, 1, 2)
+    monkeypatch.undo()
+    run(made, 1, 3)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +194,7 @@ def test_the_scores_stay_closer_than_on_the_straight_way() -> None:
     assert max(back) < 0.6 * max(at_once)
 
 
-def test_recorded_scores_are_not_guided() -> None:
+def test_recorded_scores_are_not_guided_where_the_fake_score_is_not() -> None:
     """Their half without a label was never trained; the teacher's is."""
     made = make("disback", mlp_teacher(), guidance=3.0)
     run(made, 0, 4)
@@ -195,3 +208,28 @@ def test_recorded_scores_are_not_guided() -> None:
     assert [p.batch for p in made.passes() if p.role == "target"] == [1]
     run(made, 4, 6)
     assert [p.batch for p in made.passes() if p.role == "teacher"] == [2]
+
+
+@pytest.mark.parametrize(
+    ("guide", "scale"), [("both", 3.0), ({"kind": "long_short", "train": 2.0, "fake": 1.5}, 1.5)]
+)
+def test_recorded_scores_are_guided_as_the_fake_score_is(guide, scale) -> None:
+    """They are earlier states of it; the teacher at last is guided as the config says."""
+    made = make("disback", mlp_teacher(), guidance=3.0, guide=guide)
+    run(made, 0, 4)
+    batch, rng = made.batch(4), Rng(0).at(4)
+    x_t, t = made.z(batch, rng), torch.full((8,), 0.5)
+    assert made.target is made.denoiser("target_2")
+    with torch.no_grad():
+        asked = made.ask(x_t, t, batch, rng, graph=False)
+        real, fake = (
+            guided(den, x_t, t, batch.cond, scale) for den in (made.target, made.denoiser("critic"))
+        )
+        plain = made.target(x_t, t, batch.cond)
+    assert torch.equal(asked.real.x, real.x) and torch.equal(asked.fake.x, fake.x)
+    assert not torch.allclose(real.x, plain.x)
+    assert [p.batch for p in made.passes() if p.role == "target"] == [2]
+    run(made, 4, 6)
+    with torch.no_grad():
+        asked = made.ask(x_t, t, batch, rng, graph=False)
+        assert torch.equal(asked.real.x, guided(made.teacher, x_t, t, batch.cond, 3.0).x)

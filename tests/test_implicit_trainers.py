@@ -133,12 +133,26 @@ def test_a_two_stage_backward_is_the_direct_one(method, keys) -> None:
         seen = Seen(x, x, batch.cond.label, t, c, x_t, asked.fake.x, asked.real.x)
         total = torch.zeros(())
         if made.adversary is not None:
-            total, logits = made.oppose(asked, t, batch, rng, made.push(seen))
+            critic = made.denoiser("critic")
+            total, logits = made.adversary.oppose(
+                asked.features, critic, t, batch, rng, made.push(seen)
+            )
             ratio = logits.detach().mean(dim=1).exp()
             seen = Seen(x, x, batch.cond.label, t, c, x_t, asked.fake.x, asked.real.x, ratio)
         (total + (made.weight(seen) * made.cost(seen)).mean()).backward()
         direct = torch.cat([param.grad.flatten() for param in player.params])
     torch.testing.assert_close(staged, direct, rtol=1e-4, atol=1e-6 * float(direct.abs().max()))
+
+
+@pytest.mark.parametrize("method", ["uni_instruct", "sida"])
+def test_scores_and_head_share_one_backward_through_the_fake_score(method) -> None:
+    """By its first layer, which lies before the features as well."""
+    made: Any = trained(method, adversary={"from_step": 0})
+    passed: list[int] = []
+    layer = made.denoiser("critic").net.enter
+    layer.register_full_backward_hook(lambda *_: passed.append(1))
+    assert student_gradient(made).any() and made.opposed
+    assert len(passed) == 1
 
 
 # Guides: SiD-LSG ----------------------------------------------------------------------------------
@@ -232,7 +246,8 @@ def test_channel_mean_gives_a_logit_a_position_and_has_no_weights() -> None:
 
 
 def test_sida_s_adversarial_loss_is_normalised_like_its_scores() -> None:
-    """Each sample's by 1 / mean|x - D_T|, and same noise for data and samples by default."""
+    """Each sample's by 1 / mean|x - D_T|, once for each of its entries; and same noise for data and
+    samples by default."""
     made: Any = trained("sida", adversary={"from_step": 0, "student": 0.5})
     assert made.config.adversary.same_noise and made.config.adversary.head == ChannelMean()
     batch, rng = batch_of(made, 3), Rng(0).at(3, 0)
@@ -245,7 +260,7 @@ def test_sida_s_adversarial_loss_is_normalised_like_its_scores() -> None:
         logits = made.adversary.net(asked.features)
         size = (x - asked.real.x).abs().flatten(1).mean(dim=1)
         each = torch.nn.functional.softplus(-logits).mean(dim=1)
-        torch.testing.assert_close(logs["adversarial"], 0.5 * (each / size).mean())
+        torch.testing.assert_close(logs["adversarial"], 0.5 * x[0].numel() * (each / size).mean())
 
 
 def test_a_head_that_begins_later_is_declared_when_it_does() -> None:

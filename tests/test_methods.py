@@ -175,11 +175,11 @@ def test_images_and_a_real_backbone(method, keys) -> None:
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 def test_a_bad_gradient_changes_no_weight_and_no_optimizer(method, keys, poison) -> None:
     made = make(method, mlp_teacher(), **keys)
-    run(made, 0, 2)
-    made.prepare(2)
-    fresh = any(not made.players[turn.player].updates for turn in made.turns(2))
-    at = 3 if fresh else 2  # an optimizer that has not begun holds nothing to compare
-    run(made, 2, at)
+    run(made, 0, 3)  # what is recorded at every step may not stay as it was
+    made.prepare(3)
+    fresh = any(not made.players[turn.player].updates for turn in made.turns(3))
+    at = 4 if fresh else 3  # an optimizer that has not begun holds nothing to compare
+    run(made, 3, at)
     turns = made.turns
 
     def poisoned(step: int) -> list[Turn]:

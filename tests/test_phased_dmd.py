@@ -359,6 +359,15 @@ def test_mistakes_of_a_split_are_told(keys, line) -> None:
         make("phased_dmd", mlp_teacher(), **keys)
 
 
+def test_a_head_reads_both_experts_of_a_split_where_their_widths_are_one(split) -> None:
+    head = {"adversary": {"features": "critic"}}
+    run(split(**head), 0, 6)
+    run(split(mlp_teacher(width=8)), 0, 6)
+    with pytest.raises(UserError, match="^adversary: .* teacher_low have other widths") as caught:
+        split(mlp_teacher(width=8), **head)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("rank", [None, 4], ids=["whole", "lora"])
 def test_a_split_teacher_trains_and_exports(tmp_path: Path, rank) -> None:
     """By the command: export holds the two experts' pipeline against the training sampler."""

@@ -215,6 +215,7 @@ class Trainer(ABC):
         copy: bool = True,
         extra: nn.Module | None = None,
         frozen: bool = False,
+        pace: float = 1.0,
         fixed: Iterable[str] = (),
     ) -> Player:
         """Add a trained copy of ``source``, an adapter on it, or train itself.
@@ -226,7 +227,16 @@ class Trainer(ABC):
         net = source if frozen else begin(self.config, name, source, copy=copy)
         if fixed:
             net.fix(fixed)
-        player = Player(name, net, optim, total=total, ema_decay=decay, extra=extra, frozen=frozen)
+        player = Player(
+            name,
+            net,
+            optim,
+            total=total,
+            ema_decay=decay,
+            extra=extra,
+            frozen=frozen,
+            pace=pace,
+        )
         self.players[name] = player
         if self.config.gradient_checkpointing and not frozen:
             recomputed(net)

@@ -106,7 +106,8 @@ def _heads(trainer: ScoreTrainer, batch: Batch, x: torch.Tensor) -> Callable[[],
     assert adversary is not None
     t = torch.full((len(x),), 0.5 * trainer.process.t_max, device=x.device)
     with torch.no_grad(), trainer.autocast():
-        kept = [f.detach() for f in trainer.features_at(x, t, batch)]
+        critic = trainer.denoiser(trainer.fake)
+        kept = [f.detach() for f in adversary.features(x, t, critic, batch.cond)]
     params = list(adversary.net.parameters())
 
     def call() -> None:

@@ -30,19 +30,24 @@ class Fleet:
         threads = str(max(1, self.cores // max(1, count)))
         self.env = {**os.environ, "OMP_NUM_THREADS": threads, "TTY_COMPATIBLE": "0"}
         self.children: list[subprocess.Popen[bytes]] = []
+        self.over = False
 
     def each(self, work: Callable[[T], R], items: Sequence[T]) -> list[R]:
         """``work`` of every item, in threads; children that are left at an interrupt are ended."""
+        self.over = False
         with ThreadPoolExecutor(self.cores) as pool:
             try:
                 return list(pool.map(work, items))
             finally:
+                self.over = True
                 pool.shutdown(wait=False, cancel_futures=True)
                 for child in self.children:
                     child.terminate()
 
     def run(self, *arguments: str) -> int:
         """Run ``python -m`` with these arguments, its output left out; returns its exit code."""
+        if self.over:  # an interrupt came first
+            return 1
         child = subprocess.Popen(
             [sys.executable, "-m", *arguments], env=self.env, stdout=subprocess.DEVNULL
         )

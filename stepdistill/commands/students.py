@@ -8,11 +8,12 @@ the record from elsewhere is finished here.
 
 from __future__ import annotations
 
+import json
 import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Lock
@@ -30,11 +31,11 @@ from stepdistill.commands.train import Source
 from stepdistill.commands.watch import Watch
 from stepdistill.eval.runner import Reference, Row
 from stepdistill.run.assets import load_teacher
-from stepdistill.run.config import CONFIGS
+from stepdistill.run.config import CONFIGS, digest
 from stepdistill.run.errors import CheckFailed, UserError
 from stepdistill.run.files import write_text
 
-WARM, TIMED = 3, 9
+WARM, TIMED = 4, 10
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Entry:
         seed: of the run.
         keys: overrides by which the config takes part.
         any_steps: whether one run serves every number of sampler steps.
+        settings: hash of what it trains with, but for seed and number of training steps.
     """
 
     config: str
@@ -54,6 +56,7 @@ class Entry:
     seed: int
     keys: tuple[str, ...]
     any_steps: bool
+    settings: str
 
     @property
     def plan(self) -> str:
@@ -63,7 +66,7 @@ class Entry:
     @property
     def run(self) -> str:
         """Name of its run."""
-        return f"{self.plan}-s{self.seed}"
+        return f"{self.plan}-s{self.seed}-{self.settings}"
 
     @property
     def method(self) -> str:
@@ -81,8 +84,18 @@ class Plan(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
+    settings: str
     steps: int
     seconds_a_step: float
+
+
+class Figures(BaseModel):
+    """What a run has reached."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    settings: str
+    row: Row
 
 
 class Record(BaseModel):
@@ -93,7 +106,7 @@ class Record(BaseModel):
     seconds: float
     num: int
     plans: dict[str, Plan] = {}
-    rows: dict[str, Row] = {}
+    figures: dict[str, Figures] = {}
 
 
 def students(
@@ -162,7 +175,8 @@ class Bench:
         Raises:
             CheckFailed: a training ended with an error.
         """
-        todo = [entry for entry in entries if entry.name not in self.record.rows]
+        self.forget(entries)
+        todo = [entry for entry in entries if entry.name not in self.record.figures]
         plans = {e.plan: e for e in todo if e.plan not in self.record.plans}
         self.fleet = Fleet(len(todo))
         for stage, items in ((self.measure, [*plans.values()]), (self.train, todo)):
@@ -170,7 +184,15 @@ class Bench:
             failed = [entry.run for entry, code in zip(items, codes, strict=True) if code]
             if failed:
                 raise CheckFailed(f"training did not finish: {', '.join(failed)}")
-        return [self.record.rows[entry.name] for entry in entries]
+        return [self.record.figures[entry.name].row for entry in entries]
+
+    def forget(self, entries: Sequence[Entry]) -> None:
+        """Drop what was recorded of other settings than an entry's, and say so."""
+        for entry in entries:
+            for kept, name in ((self.record.plans, entry.plan), (self.record.figures, entry.name)):
+                if name in kept and kept[name].settings != entry.settings:
+                    print(f"{name}: its settings have changed; made again", file=sys.stderr)
+                    del kept[name]
 
     def measure(self, entry: Entry) -> int:
         """Plan an entry's steps; returns the exit code."""
@@ -180,8 +202,8 @@ class Bench:
         )
         if code == 0:
             with self.lock:
-                plan = Plan.model_validate_json(file.read_text(encoding="utf-8"))
-                self.record.plans[entry.plan] = plan
+                found = json.loads(file.read_text(encoding="utf-8"))
+                self.record.plans[entry.plan] = Plan(settings=entry.settings, **found)
                 self.keep()
         return code
 
@@ -195,7 +217,7 @@ class Bench:
             with self.lock:  # the reference keeps what it has computed, and the record is one file
                 num, steps = self.record.num, (entry.steps,)
                 rows = deliver(run, folder, self.reference, entry.method, steps=steps, num=num)
-                (self.record.rows[entry.name],) = rows
+                self.record.figures[entry.name] = Figures(settings=entry.settings, row=rows[0])
                 self.keep()
         return code
 
@@ -231,37 +253,31 @@ def entries_of(names: Sequence[str] | None, steps: int, seeds: str) -> list[Entr
     Raises:
         UserError: no such config, one whose student cannot have so many steps, or bad seeds.
     """
-    found = {name: entry(name, steps) for name in names or shipped()}
-    missing = [name for name, one in found.items() if one is None]
-    if names and missing:
-        raise UserError(f"--config {missing[0]}: its student has no {steps} steps")
     try:
-        numbers = [int(seed) for seed in seeds.split(",")]
+        numbers = dict.fromkeys(int(seed) for seed in seeds.split(","))
     except ValueError:
         raise UserError(f"--seeds {seeds}: write whole numbers by commas, as 0,1,2") from None
-    return [
-        Entry(one.config, steps, seed, one.keys, one.any_steps)
-        for seed in numbers
-        for one in found.values()
-        if one is not None
-    ]
+    found = []
+    for name in names or sorted(path.stem for path in CONFIGS.glob("*-digits.yaml")):
+        try:
+            found.append(entry(name, steps))
+        except UserError as error:
+            if names:
+                raise UserError(f"--config {name}: {error}") from error
+    return [replace(one, seed=seed) for seed in numbers for one in found]
 
 
-def shipped() -> list[str]:
-    """Configs of the digits that make a teacher's law in fewer steps."""
-    names = sorted(path.stem for path in CONFIGS.glob("*-digits.yaml"))
-    return [name for name in names if read_config(name)[0].shortens]
-
-
-def entry(name: str, steps: int) -> Entry | None:
-    """A config as it takes part, with seed 0; None if its student cannot have so many steps.
+def entry(name: str, steps: int) -> Entry:
+    """A config as it takes part, with seed 0.
 
     All learn the law of one teacher, unguided where the method does not insist.
+
+    Raises:
+        UserError: no such config, or one without a student of so many steps.
     """
-    try:
-        cls, config = read_config(name)
-    except UserError as error:
-        raise UserError(f"--config {name}: {error}") from error
+    cls, config = read_config(name)
+    if not cls.shortens:
+        raise UserError(f"{config.method} makes no teacher faster")
     keys = [f"teacher={TEACHER}"] if config.teacher != TEACHER else []
     if config.guidance != 1:
         plain = read_config(name, ["guidance=1"])[1]
@@ -269,13 +285,10 @@ def entry(name: str, steps: int) -> Entry | None:
         keys += [] if insists else ["guidance=1"]
     fixed = "student_steps" in cls.Config.model_fields
     keys += [f"student_steps={steps}"] if fixed else []
-    try:
-        trainer = cls(read_config(name, keys)[1], load_teacher(TEACHER))
-    except UserError:
-        return None
-    if steps not in trainer.grids():
-        return None
-    return Entry(name, steps, 0, tuple(keys), any_steps=not fixed)
+    settings = read_config(name, [*keys, "seed=0", "steps=1000"])[1]
+    if steps not in cls(settings, load_teacher(TEACHER)).grids():
+        raise UserError(f"its student has no {steps} steps")
+    return Entry(name, steps, 0, tuple(keys), any_steps=not fixed, settings=digest(settings)[:8])
 
 
 def plan_steps(config: str, seconds: float, file: Path, keys: Sequence[str]) -> None:
@@ -291,13 +304,22 @@ def plan_steps(config: str, seconds: float, file: Path, keys: Sequence[str]) -> 
             times = []
             for step in range(max(0, last), max(0, last) + WARM + TIMED):
                 trainer.prepare(step)
-                began = time.monotonic()
+                began = _clock()
                 trainer.step(step, next(batches))
-                times.append(time.monotonic() - began)
-    each = statistics.median(times[WARM:])
-    plan = Plan(steps=max(1, round(seconds / each)), seconds_a_step=each)
+                times.append(_clock() - began)
+    even, odd = (statistics.median(times[WARM + k :: 2]) for k in (0, 1))  # steps may alternate
+    each = (even + odd) / 2
+    found = {"steps": max(1, round(seconds / each)), "seconds_a_step": each}
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_text(file, plan.model_dump_json() + "\n")
+    write_text(file, json.dumps(found) + "\n")
+
+
+def _clock() -> float:
+    """Seconds of this process on a CPU, which neighbours do not slow; of the day on a GPU."""
+    if not torch.cuda.is_available():
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.monotonic()
 
 
 if __name__ == "__main__":

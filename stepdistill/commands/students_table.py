@@ -41,7 +41,8 @@ def section(
         "the shipped digits classifier; r is fd over the teacher's at 32 steps; mean ± standard "
         "deviation over seeds. Diversity is the mean pairwise distance of the images, and its "
         "change against the teacher's. The budget is of one core, and counts steps by the time "
-        "that one takes; all learn the unguided teacher's law, but those that say guided.",
+        "that one takes, without the making of pairs; all learn the unguided teacher's law, but "
+        "those that say guided.",
         "",
         "| method | fd | r | diversity | seeds |",
         "| --- | ---: | ---: | ---: | ---: |",

@@ -135,9 +135,16 @@ class Denoiser(Branch):
         return self.prediction(h, x_t, c, features)
 
     def features(self, x_t: Tensor, t: Tensor, cond: Cond, taps: Sequence[str]) -> list[Tensor]:
-        """Outputs of the modules ``taps``; the network is left after the last of them."""
+        """Outputs of the modules ``taps``; the network is left after the last of them.
+
+        Raises:
+            ValueError: a module that there is not, or that a pass does not call.
+        """
         with self.tapped(taps, "none") as features:
             self.raw(x_t.float(), t, cond)
+        idle = [name for name in taps if name not in features]
+        if idle:
+            raise ValueError(f"{idle[0]} is not called by itself; name what is in it")
         return [features[name] for name in taps]
 
     @contextmanager

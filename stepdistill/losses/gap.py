@@ -74,7 +74,7 @@ class Vsd(Weight):
 
 
 class Kl(Weight):
-    """alpha^2 / sigma^2: the exact gradient of KL(p_t || q_t) in the sample."""
+    """alpha^2 / sigma^2: the exact gradient of KL(p_t || q_t) in a clean sample."""
 
     def __call__(self, seen: Seen) -> Tensor:
         """See :class:`Weight`."""

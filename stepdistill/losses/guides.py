@@ -39,6 +39,11 @@ class Guide(Plug):
         """The scale at which the fake score itself is trained; 1 is none."""
         return 1.0
 
+    @property
+    def leads(self) -> bool:
+        """Whether the student rests at the guided teacher's law, or else at the data's own."""
+        return not self.fakes
+
     @abstractmethod
     def scales(self, scale: float, draw: Draw) -> tuple[Scale, Scale]:
         """Scales of teacher and fake score, one number or one a sample.
@@ -107,6 +112,11 @@ class LongShort(Guide):
     def on_fake(self, scale: float) -> bool:
         """See :meth:`Guide.on_fake`; the config's ``guidance`` plays no part."""
         return self.fake != 1
+
+    @property
+    def leads(self) -> bool:
+        """See :attr:`Guide.leads`."""
+        return True
 
     def trained(self) -> float:
         """See :meth:`Guide.trained`."""

@@ -33,9 +33,7 @@ class Tokens(HeadPlug):
 
     def build(self, channels: int) -> nn.Module:
         """See :meth:`HeadPlug.build`."""
-        last = nn.Linear(self.width, 1)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
+        last = _last(self.width)
         layers = (nn.LayerNorm(channels), nn.Linear(channels, self.width), nn.SiLU(), last, Pool())
         return nn.Sequential(*layers)
 
@@ -47,9 +45,7 @@ class Pooled(HeadPlug):
 
     def build(self, channels: int) -> nn.Module:
         """See :meth:`HeadPlug.build`."""
-        last = nn.Linear(self.width, 1)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
+        last = _last(self.width)
         first = nn.Linear(2 * channels, self.width)
         return nn.Sequential(Moments(), nn.LayerNorm(2 * channels), first, nn.SiLU(), last, Pool())
 
@@ -61,9 +57,7 @@ class Mlp(HeadPlug):
 
     def build(self, channels: int) -> nn.Module:
         """See :meth:`HeadPlug.build`."""
-        last = nn.Linear(self.width, 1)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
+        last = _last(self.width)
         first, second = nn.Linear(channels, self.width), nn.Linear(self.width, self.width)
         return nn.Sequential(first, nn.SiLU(), second, nn.SiLU(), last, Pool())
 
@@ -85,6 +79,13 @@ class ChannelMean(HeadPlug):
     def build(self, channels: int) -> nn.Module:
         """See :meth:`HeadPlug.build`."""
         return Channels()
+
+
+def _last(width: int) -> nn.Linear:
+    """To a logit, from 0: without a bias, whose first gradients are rounding that Adam blows up."""
+    last = nn.Linear(width, 1, bias=False)
+    nn.init.zeros_(last.weight)
+    return last
 
 
 class Pool(nn.Module):
@@ -141,13 +142,15 @@ class Discriminator(nn.Module):
     def forward(self, features: Sequence[Tensor], label: Tensor | None = None) -> Tensor:
         """Logits [B, K] of features in their networks' own layouts, one or more of each.
 
-        ``label`` [B] is for heads that are told it.
+        ``label`` [B] is for heads that are told it. In fp32, where ratios and R1's differences
+        need it.
         """
         spread = [positions(f.float()) for f in features]
-        if self.label is not None:
-            told = self.label(label)[:, None]
-            spread = [torch.cat([f, told.expand(-1, f.shape[1], -1)], dim=2) for f in spread]
-        rows = [head(f) for head, f in zip(self.heads, spread, strict=True)]
+        with torch.autocast(spread[0].device.type, enabled=False):
+            if self.label is not None:
+                told = self.label(label)[:, None]
+                spread = [torch.cat([f, told.expand(-1, f.shape[1], -1)], dim=2) for f in spread]
+            rows = [head(f) for head, f in zip(self.heads, spread, strict=True)]
         return torch.cat([row[:, None] if row.dim() == 1 else row for row in rows], dim=1)
 
 

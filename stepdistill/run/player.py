@@ -59,6 +59,7 @@ class Player:
         ema_decay: decay of the moving average of its weights, or None for none.
         extra: a module that trains along, such as an adversarial head.
         frozen: train ``extra`` alone; the network is only used.
+        pace: learning rate of ``extra``, as a multiple of the network's.
     """
 
     def __init__(
@@ -71,9 +72,10 @@ class Player:
         ema_decay: float | None = None,
         extra: nn.Module | None = None,
         frozen: bool = False,
+        pace: float = 1.0,
     ) -> None:
         self.name, self.denoiser, self.config, self.total = name, denoiser, config, total
-        self.extra, self.frozen = extra, frozen
+        self.extra, self.frozen, self.pace = extra, frozen, pace
         self.reduce: Callable[[list[Tensor]], None] | None = None
         self.weights: list[Tensor] = [] if frozen else denoiser.own()
         self.params = [*self.weights, *(extra.parameters() if extra is not None else ())]
@@ -96,8 +98,12 @@ class Player:
     def reset_optimizer(self) -> None:
         """Start the optimizer afresh, as at the beginning of a phase."""
         self.updates = 0
+        groups: list[dict[str, Any]] = [
+            {"params": self.weights, "pace": 1.0},
+            {"params": self.params[len(self.weights) :], "pace": self.pace},
+        ]
         self.optimizer = torch.optim.AdamW(
-            self.params,
+            [group for group in groups if group["params"]],
             lr=self.config.lr,
             betas=self.config.betas,
             eps=self.config.eps,
@@ -132,7 +138,7 @@ class Player:
         if self.config.clip is not None:
             optimizer.grad_scale = (self.norm / self.config.clip).clamp_min(1.0)
         for group in optimizer.param_groups:
-            group["lr"] = self.config.lr_at(self.updates, self.total)
+            group["lr"] = self.config.lr_at(self.updates, self.total) * group["pace"]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         self.updates += 1

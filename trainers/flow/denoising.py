@@ -55,6 +55,7 @@ class DenoisingTrainer(Trainer):
 
     Config = DenoisingConfig
     config: DenoisingConfig
+    shortens = False
     needs = "data"
     sizes = (1, 2, 4, 8, 16, 32)
     proofs: ClassVar = {

@@ -105,6 +105,8 @@ class OPDTrainer(Trainer):
         self.add_player("student", self.initial, c.optim, ema=True, total=c.steps)
         self.experts = [self.teacher, *(self.expert(name) for name in c.more_teachers)]
         self.routes = self.routed()
+        places = torch.tensor(self.routes, device=self.device)
+        self.own = [torch.nonzero(places == n).flatten() for n in range(len(self.experts))]
 
     def expert(self, name: str) -> Denoiser:
         """A further teacher.
@@ -168,11 +170,8 @@ class OPDTrainer(Trainer):
     ) -> Batch:
         """See :meth:`Trainer.batch`; classes are those of the step's teacher."""
         if label is None and any(self.routes):
-            task, index = self.task(step), super().batch(step).index
-            own = [place for place, number in enumerate(self.routes) if number == task]
-            rng = Rng(self.config.seed).at(step)
-            drawn = rng.integers("label", index // self.group, len(own))
-            label = torch.tensor(own, device=self.device)[drawn]
+            own, index = self.own[self.task(step)], super().batch(step).index // self.group
+            label = own[Rng(self.config.seed).at(step).integers("label", index, len(own))]
         return super().batch(step, x, label, z)
 
     @property

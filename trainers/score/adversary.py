@@ -7,7 +7,9 @@ tapped module where no more of it is needed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Literal
 
@@ -15,14 +17,17 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from stepdistill.data.batch import Batch
 from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser
-from stepdistill.diffusion.process import expand
 from stepdistill.losses.adversarial import AdversarialLoss, NonSaturating
 from stepdistill.losses.heads import Discriminator, HeadPlug, Tokens
 from stepdistill.run.errors import UserError
 from stepdistill.run.plug import plug
+from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Pass
+from stepdistill.trainers.score.opponent import label_rows
+from stepdistill.trainers.score.reading import channels, modules, state
 from stepdistill.trainers.settings import Section
 
 MOST_LOG_RATIO = 10.0
@@ -32,7 +37,8 @@ class AdversaryConfig(Section):
     """An adversarial head."""
 
     features: Literal["critic", "teacher", "state"] = Field(
-        "critic", description="whose features it reads; state: the noised sample and its time"
+        "critic",
+        description="whose features it reads; state: the noised sample, its time and class",
     )
     taps: tuple[str, ...] = Field(
         (), description="modules whose outputs are the features; empty: half way through"
@@ -41,8 +47,11 @@ class AdversaryConfig(Section):
     loss: plug(AdversarialLoss) = Field(  # type: ignore[valid-type]
         default_factory=NonSaturating, description="what its logits cost both sides"
     )
-    student: float = Field(3e-3, ge=0, description="weight in the student's loss")
+    student: float = Field(3e-3, ge=0, description="weight in the student's loss, for each entry")
     critic: float = Field(1e-2, ge=0, description="weight in the fake score's loss")
+    pace: float = Field(
+        1.0, gt=0, description="learning rate of the heads, as a multiple of the fake score's"
+    )
     r1: float = Field(0.0, ge=0, description="weight of the approximate R1 penalty; 0: none")
     r1_noise: float = Field(0.1, gt=0, description="spread of that penalty's noise")
     from_step: int = Field(0, ge=0, description="step from which it takes part")
@@ -65,25 +74,13 @@ class Adversary:
     def __init__(
         self, config: AdversaryConfig, teacher: Denoiser, critic: Denoiser, seed: int
     ) -> None:
-        self.config, self.process = config, teacher.process
+        self.config, self.teacher, self.process = config, teacher, teacher.process
         den = critic if config.features == "critic" else teacher
-        self.names = () if config.features == "state" else config.taps or den.adapter.taps(den.net)
-        if config.features != "state" and not self.names:
-            raise UserError(
-                f"adversary.taps: {type(den.net).__name__} has no features known here; name its "
-                "modules, or set adversary.features=state"
-            )
-        x = torch.zeros(1, *den.sample_shape, device=den.device)
-        t = torch.full((1,), 0.5 * den.process.t_max, device=den.device)
-        label = torch.zeros(1, dtype=torch.long, device=den.device) if den.classes else None
-        try:
-            with torch.no_grad():
-                found = den.features(x, t, Cond(label), self.names) if self.names else []
-        except ValueError as error:
-            raise UserError(f"adversary.taps: {error}") from error
-        read = self.read(x, t, dict(zip(self.names, found, strict=True)))
-        channels = [f.shape[1] if f.dim() in (2, 4) else f.shape[-1] for f in read]
-        self.net = Discriminator(config.head, channels, seed).to(den.device)
+        known = den.adapter.taps(den.net)
+        self.names = tuple(modules(config.features, config.taps, known, den))
+        found = channels(den, lambda x, t, cond: self.features(x, t, den, cond))
+        rows = label_rows(teacher) if config.features == "state" else 0
+        self.net = Discriminator(config.head, found, seed, rows).to(den.device)
 
     def taps(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Modules of fake score and teacher that are read."""
@@ -95,8 +92,101 @@ class Adversary:
         if self.config.features != "state":
             features = {name: value for one in kept for name, value in one.items()}
             return [features[name] for name in self.names]
-        level = torch.tanh(self.process.log_snr(t) / 4)
-        return [torch.cat([x_t, expand(level, x_t).expand_as(x_t[:, :1])], dim=1)]
+        return state(self.process, x_t, t)
+
+    def oppose(
+        self,
+        features: Sequence[Tensor],
+        critic: Denoiser,
+        t: Tensor,
+        batch: Batch,
+        rng: Rng,
+        weight: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The student's weighted loss, and the logits [B, K] of its noised samples.
+
+        Matching losses are sums over a sample's entries, and so it counts once for each of them.
+
+        Args:
+            features: what is read of the samples, part of the graph.
+            critic: the fake score at present.
+            t: times [B].
+            batch: the step's.
+            rng: the step's.
+            weight: factors [B]; 1 if left out.
+        """
+        c, real = self.config, None
+        logits = self.net(features, batch.cond.label)
+        if c.loss.compares:
+            with torch.no_grad():
+                real = self.net(self.real(t, critic, batch, rng), batch.cond.label)
+        each = c.loss.student(logits, real)
+        loss = (each if weight is None else each * weight[:, None]).mean()
+        return c.student * math.prod(self.teacher.sample_shape) * loss, logits
+
+    def discriminate(
+        self,
+        x_t: Tensor,
+        e: Tensor,
+        t: Tensor,
+        kept: Mapping[str, Tensor],
+        critic: Denoiser,
+        batch: Batch,
+        rng: Rng,
+    ) -> Tensor:
+        """The discriminator's own loss.
+
+        Args:
+            x_t: the fake score's states [B, ...], and e the noise in them.
+            t: times [B].
+            kept: features of the fake score's own pass at these.
+            critic: the fake score at present.
+            batch: the data, and the conditions of that pass.
+            rng: the step's.
+        """
+        c = self.config
+        label = batch.cond.label
+        fake = self.net(self.features(x_t, t, critic, batch.cond, kept), label)
+        e = e if c.same_noise else rng.normal("real-e", batch.index, x_t.shape[1:])
+        real = self.net(self.real(t, critic, batch, rng, e), label)
+        loss: Tensor = c.loss.critic(real, fake).mean()
+        if c.r1:
+            near = self.net(self.real(t, critic, batch, rng, e, c.r1_noise), label)
+            loss = loss + c.r1 * (real - near).square().mean()
+        return loss
+
+    def features(
+        self, x_t: Tensor, t: Tensor, critic: Denoiser, cond: Cond, kept: Mapping[str, Tensor] = {}
+    ) -> list[Tensor]:
+        """What is read of x_t, by a pass of its network unless one kept it already."""
+        den = critic if self.config.features == "critic" else self.teacher
+        with nullcontext() if den is critic else torch.no_grad():
+            if self.names and not kept:
+                found = den.features(x_t, t, cond, self.names)
+                kept = dict(zip(self.names, found, strict=True))
+            return self.read(x_t, t, kept)
+
+    def real(
+        self,
+        t: Tensor,
+        critic: Denoiser,
+        batch: Batch,
+        rng: Rng,
+        e: Tensor | None = None,
+        near: float = 0.0,
+    ) -> list[Tensor]:
+        """What is read of the data, noised to times t by e, or by fresh noise.
+
+        ``near`` is the spread of more noise on top, for the approximate R1 penalty.
+        """
+        assert batch.x is not None
+        shape = batch.x.shape[1:]
+        x_t = self.process.noise(
+            batch.x, e if e is not None else rng.normal("real-e", batch.index, shape), t
+        )
+        if near:
+            x_t = x_t + near * rng.normal("r1", batch.index, shape)
+        return self.features(x_t, t, critic, batch.cond)
 
     def passes(self, asked: Sequence[Pass], critic_steps: int) -> tuple[list[Pass], list[Pass]]:
         """Passes of the comparison as the features change them, and those only for features."""
@@ -114,6 +204,26 @@ class Adversary:
         own = [Pass(whose, kind, critic_steps * made, 1, "features", self.names)]
         own += [Pass(whose, "forward", 1, 1, "features", self.names)] * compared
         return out, own
+
+
+class RatioConfig(Section):
+    """Bounds of the density ratio of data to student that a head tells."""
+
+    least_ratio: float = Field(0.1, gt=0, le=1, description="lower bound of the density ratio")
+    greatest_ratio: float = Field(20.0, ge=1, description="upper bound of it")
+
+
+def check_ratio(head: AdversaryConfig, method: str) -> None:
+    """See that a head tells the density ratio.
+
+    Raises:
+        UserError: its loss has other logits.
+    """
+    if not isinstance(head.loss, NonSaturating):
+        raise UserError(
+            f"adversary.loss={head.loss.kind}: its logits are no log density ratios, which "
+            f"{method} needs; set adversary.loss=non_saturating"
+        )
 
 
 def ratio(logits: Tensor) -> Tensor:

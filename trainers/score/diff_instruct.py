@@ -13,7 +13,7 @@ from pydantic import Field
 from stepdistill.diffusion.timesteps import Density, LogitNormal
 from stepdistill.losses.gap import Weight
 from stepdistill.run.plug import plug
-from stepdistill.trainers.fixed_point import FixedPoint, Proof
+from stepdistill.trainers.fixed_point import Proof
 from stepdistill.trainers.score.matching import Matching, MatchingConfig
 from stepdistill.trainers.score.rollout import GridConfig, GridTrainer
 
@@ -45,11 +45,6 @@ class DiffInstructTrainer(Matching, GridTrainer):
     config: DiffInstructConfig
     clips = True
     proofs: ClassVar = {"one step": Proof(("gaussian",))}
-
-    @property
-    def fixed_point(self) -> FixedPoint:
-        """The data's law, where every KL is 0."""
-        return FixedPoint("law", pooled=self.config.student_steps > 1)
 
 
 TRAINER = DiffInstructTrainer

@@ -19,7 +19,7 @@ from stepdistill.data.batch import Batch
 from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.run.errors import UserError
 from stepdistill.trainers.base import Pass, Turn
-from stepdistill.trainers.fixed_point import FixedPoint, Proof
+from stepdistill.trainers.fixed_point import Proof
 from stepdistill.trainers.score.matching import Matching, MatchingConfig
 from stepdistill.trainers.score.rollout import GridConfig, GridTrainer
 
@@ -48,7 +48,7 @@ class DisBackConfig(GridConfig, MatchingConfig):
 class DisBackTrainer(Matching, GridTrainer):
     """DisBack (Zhang et al. 2024), spec 5.10; without targets it is ``dmd`` bit for bit.
 
-    Here: recorded scores are asked without guidance, since the fake score learns labels alone; no
+    Here: recorded scores are guided as the fake score is, of which they are earlier states; no
     adversarial part, which the authors' code has; the fake score's optimizer goes on where the
     stages meet; and each target has a fixed number of steps.
     """
@@ -60,11 +60,6 @@ class DisBackTrainer(Matching, GridTrainer):
     left = 0  # place of the one that the student is matched with; 0 is the teacher
     step_now = 0
     proofs: ClassVar = {"two targets": Proof(("gaussian",), {"targets": 2}, effort=1.25)}
-
-    @property
-    def fixed_point(self) -> FixedPoint:
-        """The data's law, as of ``dmd``: the teacher is the last target."""
-        return FixedPoint("law", pooled=self.config.student_steps > 1)
 
     def setup(self) -> None:
         """See :meth:`GridTrainer.setup`.
@@ -87,7 +82,7 @@ class DisBackTrainer(Matching, GridTrainer):
                 "none against the teacher; give more steps, or less targets, record_every or "
                 "interval"
             )
-        self.players["student"].total -= self.recording
+        self.players["student"].total = c.steps - max(self.recording, c.critic_first)
 
     def prepare(self, step: int) -> None:
         """See :meth:`Trainer.prepare`: keep the score where that is due, drop those passed."""
@@ -106,7 +101,10 @@ class DisBackTrainer(Matching, GridTrainer):
     def turns(self, step: int) -> list[Turn]:
         """Those of the engine; the student has none while scores are recorded."""
         turns = super().turns(step)
-        return [t for t in turns if t.player == self.fake] if step < self.recording else turns
+        if step >= self.recording:
+            return turns
+        self.moved = False
+        return [turn for turn in turns if turn.player == self.fake]
 
     @property
     def target(self) -> Denoiser:
@@ -121,10 +119,12 @@ class DisBackTrainer(Matching, GridTrainer):
         """
         logs, done = super().step(step, batch), step + 1
         if done <= self.recording and done % self.every == 0:
-            if not moved(self.denoiser(self.fake), self.initial):
+            last = self.denoiser(target_name(self.recorded)) if self.recorded else None
+            if not moved(self.denoiser(self.fake), last, self.initial):
                 raise UserError(
-                    f"step {done}: the score to record is still the teacher's, so it is no target "
-                    "of its own; raise critic.lr or record_every"
+                    f"step {done}: the score to record is still the "
+                    f"{'one before' if self.recorded else 'teacher'}, so it is no target of its "
+                    "own; raise critic.lr or record_every"
                 )
         return logs
 
@@ -137,7 +137,8 @@ class DisBackTrainer(Matching, GridTrainer):
             return [*own, Pass("student", "forward", walk)]
         if not self.left:
             return passes
-        return [replace(p, role="target", batch=1) if p.role == "teacher" else p for p in passes]
+        size = 2 if self.config.guide.on_fake(self.config.guidance) else 1
+        return [replace(p, role="target", batch=size) if p.role == "teacher" else p for p in passes]
 
 
 def target_name(place: int) -> str:
@@ -145,11 +146,11 @@ def target_name(place: int) -> str:
     return f"target_{place}"
 
 
-def moved(den: Denoiser, initial: Denoiser) -> bool:
-    """Whether a player has other weights than it began with; an adapter's product begins as 0."""
-    if den.lora is not None:
+def moved(den: Denoiser, last: Denoiser | None, initial: Denoiser) -> bool:
+    """Whether a player has other weights than the record before it, or than it began with."""
+    if last is None and den.lora is not None:  # an adapter's product begins as 0
         return any(bool(w.any()) for name, w in den.weights().items() if ".lora_B." in name)
-    begun = initial.weights()
+    begun = (last or initial).weights()
     return any(not torch.equal(w, begun[name]) for name, w in den.weights().items())
 
 

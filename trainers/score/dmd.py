@@ -21,7 +21,7 @@ from stepdistill.run.errors import UserError
 from stepdistill.run.plug import plug
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Loss, Pass
-from stepdistill.trainers.fixed_point import FixedPoint, Proof
+from stepdistill.trainers.fixed_point import Proof
 from stepdistill.trainers.score.matching import Matching, MatchingConfig
 from stepdistill.trainers.score.rollout import GridConfig, GridTrainer
 from stepdistill.trainers.settings import PairsConfig, Section
@@ -81,16 +81,6 @@ class DMDTrainer(Matching, GridTrainer):
             effort=0.5,
         ),
     }
-
-    @property
-    def fixed_point(self) -> FixedPoint:
-        """The data's law: of the one step, or of the images at all exits of the grid together.
-
-        The fake score is one for all exits, so it holds their mixture to the data and does not
-        see where two of them miss it in opposite ways. Regression alone leads to the teacher's
-        map, whose law is the data's up to the bias of the pairs' steps.
-        """
-        return FixedPoint("law", pooled=self.config.student_steps > 1)
 
     def setup(self) -> None:
         """See :meth:`GridTrainer.setup`.

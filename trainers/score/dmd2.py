@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from stepdistill.trainers.fixed_point import FixedPoint, Proof
+from stepdistill.trainers.fixed_point import Proof
 from stepdistill.trainers.score.adversary import AdversaryConfig
 from stepdistill.trainers.score.matching import Matching, MatchingConfig
 from stepdistill.trainers.score.rollout import GridConfig, GridTrainer
@@ -27,7 +27,11 @@ class DMD2Config(GridConfig, MatchingConfig):
 
 
 class DMD2Trainer(Matching, GridTrainer):
-    """DMD2 (Yin et al. 2024), spec 5.4."""
+    """DMD2 (Yin et al. 2024), spec 5.4.
+
+    Here: the student's head reads the very states at which the scores are compared, and all
+    fake-score updates of a step see the same images of the data, noised anew.
+    """
 
     Config = DMD2Config
     config: DMD2Config
@@ -38,11 +42,6 @@ class DMD2Trainer(Matching, GridTrainer):
             {"critic_steps": 2, "adversary": {"features": "state", "head": "mlp"}},
         ),
     }
-
-    @property
-    def fixed_point(self) -> FixedPoint:
-        """The data's law, to which both the scores and the discriminator hold the student."""
-        return FixedPoint("law", pooled=self.config.student_steps > 1)
 
 
 TRAINER = DMD2Trainer

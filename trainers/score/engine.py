@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -129,12 +129,14 @@ class ScoreTrainer(Trainer):
     shared: Sample | None = None
     adversary: Adversary | None = None
     opposed = True  # where there is an adversary: whether it takes part at present
+    moved = False  # whether the student has a turn in this step, and the fake score none since
 
     def setup(self) -> None:
         """Student and fake score both start as the teacher.
 
         Raises:
-            UserError: the fake score is to be guided and has no label that means "no class".
+            UserError: the fake score is to be guided and has no label that means "no class", or
+                it trains alone to the end.
         """
         c = self.config
         if c.guides_fake and self.teacher.null_label is None:
@@ -142,8 +144,14 @@ class ScoreTrainer(Trainer):
                 f"guide: {c.guide.kind} guides the fake score, and the teacher has no label that "
                 "means 'no class'; set guide=teacher"
             )
+        if c.critic_first >= self.length:
+            raise UserError(
+                f"critic_first={c.critic_first} leaves the student none of {self.length} steps; "
+                "lower it"
+            )
         self.group = largest(c.terms)
-        self.add_player("student", self.initial, c.optim, ema=True, total=c.steps)
+        total = self.length - c.critic_first
+        self.add_player("student", self.initial, c.optim, ema=True, total=total)
         if c.adversary is not None:
             self.needs = "data"  # type: ignore[misc]
             self.adversary = Adversary(c.adversary, self.teacher, self.initial, c.seed)
@@ -152,16 +160,23 @@ class ScoreTrainer(Trainer):
             self.initial,
             c.critic,
             ema=False,
-            total=c.steps * c.critic_steps,
+            total=self.length * c.critic_steps,
             extra=self.adversary.net if self.adversary else None,
+            pace=c.adversary.pace if c.adversary else 1.0,
         )
 
     def turns(self, step: int) -> list[Turn]:
         """The student once, then the fake score ``critic_steps`` times."""
         c = self.config
         self.opposed = self.adversary is None or step >= self.adversary.config.from_step
+        self.moved = step % self.length >= c.critic_first
         critic = [Turn(self.fake, self.critic_loss)] * c.critic_steps
-        return ([Turn(self.active, self.student_loss)] if step >= c.critic_first else []) + critic
+        return ([Turn(self.active, self.student_loss)] if self.moved else []) + critic
+
+    @property
+    def length(self) -> int:
+        """Steps from the start of a fake score to its end."""
+        return self.config.steps
 
     @property
     def active(self) -> str:
@@ -175,7 +190,7 @@ class ScoreTrainer(Trainer):
 
     @property
     def target(self) -> Denoiser:
-        """What the student is compared with: the teacher, or another, which is not guided."""
+        """What the student is compared with: the teacher, or a score that is asked as the fake."""
         return self.teacher
 
     @abstractmethod
@@ -227,7 +242,7 @@ class ScoreTrainer(Trainer):
         c, cond = self.config, batch.cond
         real, fake = c.guide.scales(c.guidance, lambda: rng.uniform("guide", batch.index))
         if self.target is not self.teacher:
-            real = 1.0
+            real = fake
         own, theirs = self.taps()
         found = []
         for den, scale, taps in (
@@ -242,23 +257,6 @@ class ScoreTrainer(Trainer):
             features = self.adversary.read(x_t, t, *(pred.features for pred in found))
         return Asked(found[0], found[1], features)
 
-    def oppose(
-        self, asked: Asked, t: Tensor, batch: Batch, rng: Rng, weight: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The discriminator's loss for the student, weighted, and its logits [B, K].
-
-        ``weight`` [B] is of each sample, 1 if left out.
-        """
-        adversary = self.adversary
-        assert adversary is not None
-        logits, real = adversary.net(asked.features), None
-        if adversary.config.loss.compares:
-            with torch.no_grad():
-                real = adversary.net(self.real_features(t, batch, rng))
-        each = adversary.config.loss.student(logits, real)
-        loss = (each if weight is None else each * weight[:, None]).mean()
-        return adversary.config.student * loss, logits
-
     def taps(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Modules of fake score and teacher that the discriminator reads at present."""
         return self.adversary.taps() if self.adversary and self.opposed else ((), ())
@@ -269,8 +267,9 @@ class ScoreTrainer(Trainer):
         """Denoising score matching on the student's samples."""
         c, made, self.shared = self.config, self.shared, None
         critic = self.denoiser(self.fake)
-        if made is not None and c.critic_follows:
+        if self.moved and c.critic_follows:
             self.players[self.fake].follow(self.players[self.active], c.critic_follows)
+        self.moved = False
         if made is None:
             with torch.no_grad():
                 made = self.generate(batch, rng, exact=True)
@@ -284,58 +283,11 @@ class ScoreTrainer(Trainer):
         loss = error.mean()
         logs = {"loss": loss}
         if self.adversary and self.opposed:
-            against = self.discriminate(x_t, e, t, pred, batch, rng)
+            told = replace(batch, cond=cond)
+            against = self.adversary.discriminate(x_t, e, t, pred.features, critic, told, rng)
             logs["discriminator"] = against
             loss = loss + self.adversary.config.critic * against
         return Loss(loss, logs)
-
-    def discriminate(
-        self, x_t: Tensor, e: Tensor, t: Tensor, pred: Prediction, batch: Batch, rng: Rng
-    ) -> Tensor:
-        """The discriminator's own loss at the fake score's states and times."""
-        adversary = self.adversary
-        assert adversary is not None
-        fake = adversary.net(self.features_at(x_t, t, batch, pred))
-        features = self.real_features(t, batch, rng, e)
-        real = adversary.net(features)
-        loss: Tensor = adversary.config.loss.critic(real, fake).mean()
-        if adversary.config.r1:
-            near = self.real_features(t, batch, rng, e, adversary.config.r1_noise)
-            loss = loss + adversary.config.r1 * (real - adversary.net(near)).square().mean()
-        return loss
-
-    def features_at(
-        self, x_t: Tensor, t: Tensor, batch: Batch, pred: Prediction | None = None
-    ) -> Sequence[Tensor]:
-        """What the discriminator reads of x_t, from a pass of the fake score if there is one."""
-        adversary, (own, theirs) = self.adversary, self.taps()
-        assert adversary is not None
-        with nullcontext() if own else torch.no_grad():
-            kept = pred.features if pred is not None and own else {}
-            for den, names in ((self.denoiser(self.fake), own), (self.teacher, theirs)):
-                if names and not kept:
-                    found = den.features(x_t, t, batch.cond, names)
-                    kept = dict(zip(names, found, strict=True))
-            return adversary.read(x_t, t, kept)
-
-    def real_features(
-        self, t: Tensor, batch: Batch, rng: Rng, e: Tensor | None = None, near: float = 0.0
-    ) -> Sequence[Tensor]:
-        """What the discriminator reads of the data, noised to times t.
-
-        Args:
-            t: times [B].
-            e: the fake sample's noise, taken where the config says ``same_noise``.
-            near: spread of more noise on top, for the approximate R1 penalty.
-        """
-        adversary = self.adversary
-        assert adversary is not None and batch.x is not None
-        if e is None or not adversary.config.same_noise:
-            e = self.z(batch, rng, "real-e")
-        x_t = self.process.noise(batch.x, e, t)
-        if near:
-            x_t = x_t + near * self.z(batch, rng, "r1")
-        return self.features_at(x_t, t, batch)
 
     def dropped(self, batch: Batch, rng: Rng) -> Cond:
         """The batch's condition, with a share of the labels turned to "no class"."""
@@ -381,7 +333,10 @@ class ScoreTrainer(Trainer):
     # Cost -------------------------------------------------------------------------------------
 
     def passes(self) -> list[Pass]:
-        """One-step generation, the passes of the comparison, and the fake score's own."""
+        """One-step generation, the passes of the comparison, and the fake score's own.
+
+        Those of steps in which the student has a turn.
+        """
         c = self.config
         fakes = 2 if c.guide.on_fake(c.guidance) else 1
         trained = 1 if c.guide.trained() == 1 else 2

@@ -13,25 +13,23 @@ from pydantic import Field
 from torch import Tensor
 
 from stepdistill.diffusion.process import expand
-from stepdistill.losses.adversarial import NonSaturating
 from stepdistill.losses.divergence import Divergence, JensenShannon
 from stepdistill.losses.gap import Seen
 from stepdistill.run.errors import UserError
 from stepdistill.run.plug import plug
-from stepdistill.trainers.fixed_point import FixedPoint, Proof
+from stepdistill.trainers.fixed_point import Proof
+from stepdistill.trainers.score.adversary import RatioConfig, check_ratio
 from stepdistill.trainers.score.dmd2 import DMD2Config
 from stepdistill.trainers.score.matching import Matching
 from stepdistill.trainers.score.rollout import GridTrainer
 
 
-class FDistillConfig(DMD2Config):
+class FDistillConfig(DMD2Config, RatioConfig):
     """Settings of ``f_distill``."""
 
     divergence: plug(Divergence) = Field(  # type: ignore[valid-type]
         default_factory=JensenShannon, description="the f-divergence"
     )
-    least_ratio: float = Field(0.1, gt=0, le=1, description="lower bound of the density ratio")
-    greatest_ratio: float = Field(20.0, ge=1, description="upper bound of it")
 
 
 class FDistillTrainer(Matching, GridTrainer):
@@ -57,11 +55,6 @@ class FDistillTrainer(Matching, GridTrainer):
         for name in ("jensen_shannon", "forward_kl")
     }
 
-    @property
-    def fixed_point(self) -> FixedPoint:
-        """The data's law, where every f-divergence is 0."""
-        return FixedPoint("law", pooled=self.config.student_steps > 1)
-
     def setup(self) -> None:
         """See :meth:`ScoreTrainer.setup`.
 
@@ -74,11 +67,7 @@ class FDistillTrainer(Matching, GridTrainer):
                 "adversary: f_distill takes the density ratio from the adversarial head; set "
                 "adversary={} (divergence=reverse_kl without a head is dmd)"
             )
-        if not isinstance(head.loss, NonSaturating):
-            raise UserError(
-                f"adversary.loss={head.loss.kind}: its logits are no log density ratios; set "
-                "adversary.loss=non_saturating"
-            )
+        check_ratio(head, "f_distill")
         super().setup()
 
     def direction(self, seen: Seen) -> Tensor:

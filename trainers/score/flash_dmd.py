@@ -25,6 +25,7 @@ from stepdistill.run.plug import plug
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Loss, Pass, Turn
 from stepdistill.trainers.fixed_point import FixedPoint, Proof
+from stepdistill.trainers.score.engine import Sample
 from stepdistill.trainers.score.matching import Matching, MatchingConfig
 from stepdistill.trainers.score.opponent import PictureConfig, PictureOpponent
 from stepdistill.trainers.score.rollout import GridConfig, GridTrainer
@@ -100,7 +101,7 @@ class FlashDMDTrainer(Matching, GridTrainer):
     @property
     def fixed_point(self) -> FixedPoint:
         """The data's law, by the fake score at noisy exits and by the discriminator at others."""
-        return FixedPoint("law", pooled=True)
+        return FixedPoint("law", pooled=True, guided=self.config.guide.leads)
 
     @property
     def exits(self) -> int:
@@ -153,7 +154,8 @@ class FlashDMDTrainer(Matching, GridTrainer):
         x = self.refined(batch, rng)
         self.made, self.shared = x.detach(), None
         loss = self.opponent.against(x, batch, rng).mean()
-        return Loss(loss, {"adversarial": loss})
+        made = Sample(x, 0.0, x)
+        return self.with_terms(Loss(loss, {"adversarial": loss}), made, batch)
 
     def refined(self, batch: Batch, rng: Rng) -> Tensor:
         """Clean samples predicted at a low exit from a whole walk, noised again to its level.

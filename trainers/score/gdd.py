@@ -33,7 +33,7 @@ class ProjectedConfig(PictureConfig):
     project: int | None = Field(
         64, ge=1, description="channels of a random projection of the features; null: none"
     )
-    r1: float = Field(1e-4, ge=0, description="weight of the approximate R1 penalty; 0: none")
+    r1: float = Field(5e-3, ge=0, description="weight of the approximate R1 penalty; 0: none")
 
 
 class GDDConfig(OpposingConfig):
@@ -56,7 +56,8 @@ class GDDTrainer(OpposingTrainer):
     frozen; normalisation, embeddings, queries, keys, values and shortcuts are trained. The paper
     has none for transformers. Here: for DiT the outputs of attention and the feed-forward layers
     stay frozen, and a UNet's resampling convolutions as well. Also ours: R1 is the approximate
-    one in every update, and the features are whatever frozen network the config names.
+    one in every update, weighed to equal the paper's; heads are told the class beside the features
+    and not by a projection; and these are of whatever frozen network the config names.
     """
 
     Config = GDDConfig

@@ -15,7 +15,6 @@ from pydantic import Field
 from torch import Tensor
 
 from stepdistill.data.batch import Batch
-from stepdistill.diffusion.process import expand
 from stepdistill.losses.gap import Seen, Weight, product
 from stepdistill.run.errors import UserError
 from stepdistill.run.plug import plug
@@ -72,13 +71,14 @@ class Implicit(ScoreTrainer):
         seen = Seen(leaf, leaf, label, t, coefs, x_t, fake, real)
         logs, against = {}, None
         if self.adversary and self.opposed:
-            against, logits = self.oppose(asked, t, batch, rng, self.push(seen))
+            against, logits = self.adversary.oppose(
+                asked.features, self.denoiser(self.fake), t, batch, rng, self.push(seen)
+            )
             seen, logs = replace(seen, ratio=ratio(logits)), {"adversarial": against}
-        loss = (self.weight(seen) * self.cost(seen)).mean()
-        (direction,) = torch.autograd.grad(loss, leaf, retain_graph=against is not None)
-        direction = direction.masked_fill(rounding(fake, real, direction), 0.0)
-        if against is not None:
-            direction = direction + torch.autograd.grad(against, leaf)[0]
+        each = self.weight(seen) * self.cost(seen)
+        loss = each.masked_fill(equal(fake, real), 0.0).mean()
+        total = loss if against is None else loss + against
+        (direction,) = torch.autograd.grad(total, leaf)
         logs |= {"loss": loss, "gap": (fake - real).abs().mean()}
         return Loss((made.x * direction).sum(), logs | self.vitals(made, fake, real, t))
 
@@ -87,13 +87,13 @@ class Implicit(ScoreTrainer):
         return through(super().passes())
 
 
-def rounding(fake: Tensor, real: Tensor, like: Tensor) -> Tensor:
-    """Where the two estimates are one and the same, as at the start: a mask of samples.
+def equal(fake: Tensor, real: Tensor) -> Tensor:
+    """Samples [B] whose two estimates are one and the same, as at the start.
 
     There a gradient that is differentiated through both is rounding, which Adam would blow up to
     a full step.
     """
-    return expand((fake == real).flatten(1).all(dim=1), like)
+    return (fake == real).flatten(1).all(dim=1)
 
 
 def through(passes: Sequence[Pass]) -> list[Pass]:

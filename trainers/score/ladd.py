@@ -10,23 +10,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
 from stepdistill.data.batch import Batch
 from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser
-from stepdistill.diffusion.process import expand
 from stepdistill.diffusion.timesteps import Density, LogitNormal
-from stepdistill.losses.features import widths
 from stepdistill.losses.heads import Discriminator
-from stepdistill.run.errors import UserError
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Pass
 from stepdistill.trainers.fixed_point import Proof
 from stepdistill.trainers.score.opponent import Opponent, OpponentConfig, label_rows
 from stepdistill.trainers.score.opposing import LevelsConfig, LevelsTrainer
+from stepdistill.trainers.score.reading import channels, modules, state
 from stepdistill.trainers.settings import PairsConfig
 
 
@@ -78,32 +75,17 @@ class TeacherOpponent(Opponent):
 
     def __init__(self, config: TeacherConfig, teacher: Denoiser, seed: int) -> None:
         self.config, self.teacher = config, teacher
-        self.names: tuple[str, ...] = ()
-        state = config.features == "state"
-        if not state:
-            self.names = config.taps or teacher.adapter.blocks(teacher.net)
-        if not state and not self.names:
-            raise UserError(
-                f"adversary.taps: {type(teacher.net).__name__} has no features known here; name "
-                "its modules, or set adversary.features=state"
-            )
-        x = torch.zeros(1, *teacher.sample_shape, device=teacher.device)
-        t = torch.full((1,), 0.5 * teacher.process.t_max, device=teacher.device)
-        label = torch.zeros(1, dtype=torch.long, device=x.device) if teacher.classes else None
-        try:
-            with torch.no_grad():
-                channels = widths(self.features(x, t, Cond(label)))
-        except ValueError as error:
-            raise UserError(f"adversary.taps: {error}") from error
-        rows = label_rows(teacher) if state else 0
-        self.net = Discriminator(config.head, channels, seed, rows).to(teacher.device)
+        known = teacher.adapter.blocks(teacher.net)
+        self.names = tuple(modules(config.features, config.taps, known, teacher))
+        rows = 0 if self.names else label_rows(teacher)
+        found = channels(teacher, self.features)
+        self.net = Discriminator(config.head, found, seed, rows).to(teacher.device)
 
     def features(self, x_t: Tensor, t: Tensor, cond: Cond) -> Sequence[Tensor]:
         """Features of noised samples, or those themselves."""
         if self.names:
             return self.teacher.features(x_t, t, cond, self.names)
-        level = torch.tanh(self.teacher.process.log_snr(t) / 4)
-        return [torch.cat([x_t, expand(level, x_t).expand_as(x_t[:, :1])], dim=1)]
+        return state(self.teacher.process, x_t, t)
 
     def read(
         self, x: Tensor, batch: Batch, rng: Rng, stream: str, near: float = 0.0
@@ -131,7 +113,8 @@ class TeacherOpponent(Opponent):
 class LADDTrainer(LevelsTrainer):
     """LADD (Sauer et al. 2024), spec 5.16: its hinge form as SANA-Sprint restates it.
 
-    Here: each sample draws its level of the grid evenly, and R1 is the approximate one.
+    Here: each sample draws its level of the grid evenly, R1 is the approximate one, and heads are
+    told neither time nor class, which the teacher's features know.
     """
 
     Config = LADDConfig

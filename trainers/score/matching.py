@@ -41,13 +41,15 @@ class Matching(ScoreTrainer):
         """Pull the sample along the weighted gap, at levels above its own."""
         x, e = made.x.detach(), self.z(batch, rng, "e")
         t = self.times(self.config.student_t, made.level, batch, rng)
-        leaf = x.requires_grad_(self.adversary is not None and self.opposed)
+        leaf = x.requires_grad_(bool(self.adversary) and self.opposed)
         kernel = self.kernel(x, made.level, t)
         x_t = kernel.state(leaf, e)
         asked = self.ask(x_t, t, batch, rng, graph=False)
         against, logs, odds = x.new_zeros(()), {}, None
-        if leaf.requires_grad:
-            loss, logits = self.oppose(asked, t, batch, rng)
+        if self.adversary and self.opposed:
+            loss, logits = self.adversary.oppose(
+                asked.features, self.denoiser(self.fake), t, batch, rng
+            )
             (push,) = torch.autograd.grad(loss, leaf)
             against, odds = (made.x * push).sum(), ratio(logits)
             logs = {"adversarial": loss}

@@ -22,7 +22,7 @@ from stepdistill.diffusion.timesteps import Density, Uniform, uniform_grid
 from stepdistill.run.errors import UserError
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Loss, Pass, Turn
-from stepdistill.trainers.fixed_point import FixedPoint, Proof
+from stepdistill.trainers.fixed_point import Proof
 from stepdistill.trainers.flow.denoising import NetworkConfig, building, known_classes
 from stepdistill.trainers.score.matching import Matching, MatchingConfig
 from stepdistill.trainers.score.rollout import GridConfig, GridTrainer
@@ -77,11 +77,6 @@ class MSDTrainer(Matching, GridTrainer):
     begun = False  # whether they match distributions by now
     proofs: ClassVar = {"a student a class": Proof(("classes",), {"students": 2})}
 
-    @property
-    def fixed_point(self) -> FixedPoint:
-        """The data's law in each class, by the student that owns it."""
-        return FixedPoint("law", pooled=self.config.student_steps > 1)
-
     def setup(self) -> None:
         """A student and a fake score for each part.
 
@@ -93,27 +88,36 @@ class MSDTrainer(Matching, GridTrainer):
         if c.adversary is not None:
             raise UserError("adversary: msd has none; set adversary=null")
         self.parts = shares(c, self.teacher.classes)
+        self.labels = [torch.tensor(part, device=self.device) for part in self.parts]
         self.routes = tuple(
             next(k for k, part in enumerate(self.parts) if label in part)
             for label in range(len(self.teacher.classes))
         )
         self.scoring = c.network.steps if c.network else 0
-        if self.scoring >= c.steps:
+        self.matching = max(self.scoring, c.critic_first)
+        if self.matching + c.students > c.steps:
+            key = "network.steps" if self.scoring >= c.critic_first else "critic_first"
             raise UserError(
-                f"network.steps={self.scoring} leaves none of steps={c.steps} to match "
-                "distributions in; give more steps"
+                f"{key}={self.matching} leaves one of {c.students} students none of "
+                f"steps={c.steps} to match distributions in; give more steps"
             )
         source = self.small() if c.network else self.initial
         super().setup()
-        turns = -(-(c.steps - self.scoring) // c.students)
+        turns = self.turns_from(self.scoring)
         for k in range(c.students):
-            total = self.scoring // c.students or 1 if self.scoring else turns
+            total = self.turns_from(self.matching)
+            if self.scoring:
+                total = max(1, self.scoring // c.students)
             if k or c.network:
                 self.add_player(numbered("student", k), source, c.optim, ema=True, total=total)
             if k:
                 self.add_player(numbered("critic", k), self.initial, c.critic, ema=False, total=1)
             self.players[numbered("student", k)].total = total
             self.players[numbered("critic", k)].total = turns * c.critic_steps
+
+    def turns_from(self, step: int) -> int:
+        """The most turns that a student has from a step on."""
+        return -(-(self.config.steps - step) // self.config.students)
 
     def small(self) -> Denoiser:
         """A fresh network that says what the teacher's says.
@@ -146,7 +150,7 @@ class MSDTrainer(Matching, GridTrainer):
             return
         self.begun = True
         for player in self.students() if self.scoring else []:
-            player.total = -(-(self.config.steps - self.scoring) // self.config.students)
+            player.total = self.turns_from(self.matching)
             player.reset_optimizer()
 
     def batch(
@@ -158,10 +162,9 @@ class MSDTrainer(Matching, GridTrainer):
     ) -> Batch:
         """See :meth:`Trainer.batch`: the classes are those of the step's student."""
         if label is None:
-            part = self.parts[step % self.config.students]
-            index = super().batch(step).index
-            drawn = Rng(self.config.seed).at(step).integers("label", index, len(part))
-            label = torch.tensor(part, device=drawn.device)[drawn]
+            part = self.labels[step % self.config.students]
+            index = super().batch(step).index // self.group
+            label = part[Rng(self.config.seed).at(step).integers("label", index, len(part))]
         return super().batch(step, x, label, z)
 
     def turns(self, step: int) -> list[Turn]:

@@ -66,10 +66,8 @@ class Opponent(ABC):
     def logits(
         self, x: Tensor, batch: Batch, rng: Rng, stream: str = "fake", near: float = 0.0
     ) -> Tensor:
-        """Logits [B, K] of samples, high for data; in fp32, where R1's differences need it."""
-        features = self.read(x, batch, rng, stream, near)
-        with torch.autocast(x.device.type, enabled=False):
-            out: Tensor = self.net(features, batch.cond.label)
+        """Logits [B, K] of samples, high for data."""
+        out: Tensor = self.net(self.read(x, batch, rng, stream, near), batch.cond.label)
         return out
 
     def against(self, x: Tensor, batch: Batch, rng: Rng) -> Tensor:

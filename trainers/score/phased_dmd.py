@@ -38,6 +38,7 @@ from stepdistill.run.xformers import enable_xformers
 from stepdistill.trainers.base import Loss, Pass
 from stepdistill.trainers.beginning import recomputed
 from stepdistill.trainers.fixed_point import FixedPoint, Proof
+from stepdistill.trainers.score.adversary import Adversary
 from stepdistill.trainers.score.engine import Sample
 from stepdistill.trainers.score.matching import Matching, MatchingConfig
 
@@ -83,7 +84,11 @@ class PhasedDMDConfig(MatchingConfig):
 
 
 class PhasedDMDTrainer(Matching):
-    """Phased DMD (spec 5.5); with one phase of one step it is ``dmd`` bit for bit."""
+    """Phased DMD (spec 5.5); with one phase of one step it is ``dmd`` bit for bit.
+
+    Here: one fake-score update a student's unless ``critic_steps`` says more, where the paper has
+    five; a head, which it has none of, goes on from phase to phase.
+    """
 
     Config = PhasedDMDConfig
     config: PhasedDMDConfig
@@ -99,7 +104,8 @@ class PhasedDMDTrainer(Matching):
     @property
     def fixed_point(self) -> FixedPoint:
         """The data's law, and that of the noised data at every border of the phases."""
-        return FixedPoint("law", levels=self.config.levels[1:-1])
+        leads = self.config.guide.leads
+        return FixedPoint("law", levels=self.config.levels[1:-1], guided=leads)
 
     def setup(self) -> None:
         """The first expert and its fake score.
@@ -118,15 +124,20 @@ class PhasedDMDTrainer(Matching):
                 f"levels={list(levels)} must fall from {self.top:.7g}, {where}, to 0; write "
                 f"{self.top:.7g} first"
             )
-        self.count = len(levels) - 1
-        self.phase_length = -(-self.config.steps // self.count)
-        if self.phase_length * (self.count - 1) >= self.config.steps:
+        if self.adversary and isinstance(self.teacher, Split):
+            low = Adversary(self.adversary.config, self.teacher, self.teacher.part(1), 0)
+            shapes = ([w.shape for w in one.net.parameters()] for one in (low, self.adversary))
+            if next(shapes) != next(shapes):
+                raise UserError(
+                    "adversary: the features of teacher_low have other widths than the teacher's, "
+                    "and one head reads both; set adversary=null"
+                )
+        least = self.config.steps - self.length * (self.count - 1)  # steps of the last phase
+        if least <= self.config.critic_first:
             raise UserError(
-                f"steps={self.config.steps} leaves one of {self.count} phases without a step; "
-                "give more steps, or fewer levels"
+                f"steps={self.config.steps} leaves one of {self.count} phases without a step of "
+                "the student; give more steps, fewer levels, or a smaller critic_first"
             )
-        for player in self.players.values():
-            player.total = player.total // self.config.steps * self.phase_length
 
     def _split_teacher(self) -> None:
         """Join the teacher and ``teacher_low``, if there is one, to one that knows both's levels.
@@ -168,13 +179,23 @@ class PhasedDMDTrainer(Matching):
         return first
 
     @property
+    def count(self) -> int:
+        """How many phases there are."""
+        return len(self.config.levels) - 1
+
+    @property
+    def length(self) -> int:
+        """See :attr:`ScoreTrainer.length`: steps of a phase; the last may have less."""
+        return -(-self.config.steps // self.count)
+
+    @property
     def active(self) -> str:
         """The expert of the present phase."""
         return expert_name(self.phase)
 
     def prepare(self, step: int) -> None:
         """See :meth:`Trainer.prepare`: enter the phase of ``step``."""
-        while self.phase < min(step // self.phase_length, self.count - 1):
+        while self.phase < min(step // self.length, self.count - 1):
             self._next_phase()
 
     def _next_phase(self) -> None:
@@ -182,7 +203,8 @@ class PhasedDMDTrainer(Matching):
         self.players[self.active].retire()
         before, first = self.owner(self.phase), self.owner(self.phase + 1)
         self.phase += 1
-        self.add_player(self.active, first, self.config.optim, ema=True, total=self.phase_length)
+        total = self.length - self.config.critic_first
+        self.add_player(self.active, first, self.config.optim, ema=True, total=total)
         critic = self.players["critic"]
         if first is before:
             critic.load_weights(first)
@@ -190,7 +212,13 @@ class PhasedDMDTrainer(Matching):
         else:  # another network, perhaps of another kind
             critic.denoiser.drop()
             self.add_player(
-                "critic", first, critic.config, ema=False, total=critic.total, extra=critic.extra
+                "critic",
+                first,
+                critic.config,
+                ema=False,
+                total=critic.total,
+                extra=critic.extra,
+                pace=critic.pace,
             )
 
     def sub_grid(self, phase: int, steps: int) -> Grid:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -12,6 +12,7 @@ from stepdistill.data.batch import Batch
 from stepdistill.diffusion.sampler import full, sample
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Pass
+from stepdistill.trainers.fixed_point import FixedPoint
 from stepdistill.trainers.score.engine import Sample, ScoreConfig, ScoreTrainer
 
 
@@ -28,12 +29,27 @@ class GridTrainer(ScoreTrainer):
     """A student whose samples are the clean images predicted at a drawn exit of its grid."""
 
     config: GridConfig
+    covers: ClassVar[bool] = False  # whether no mode of the data may be lost on the way
 
     def setup(self) -> None:
         """See :meth:`ScoreTrainer.setup`."""
         super().setup()
         self.sizes = (self.config.student_steps,)
         self.noise = self.config.noise
+
+    @property
+    def fixed_point(self) -> FixedPoint:
+        """The data's law: of the one step, or of the images at all exits of the grid together.
+
+        There divergences, distances and heads all rest. The fake score is one for all exits, so it
+        holds their mixture to the data and does not see where two miss it in opposite ways.
+        """
+        return FixedPoint(
+            "law",
+            pooled=self.config.student_steps > 1,
+            guided=self.config.guide.leads,
+            covers=self.covers,
+        )
 
     @property
     def exits(self) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 from stepdistill.losses.gap import MeanAbs, Seen, Weight
 from stepdistill.losses.implicit import sid_loss
 from stepdistill.run.plug import plug
-from stepdistill.trainers.fixed_point import FixedPoint, Proof
+from stepdistill.trainers.fixed_point import Proof
 from stepdistill.trainers.score.implicit import Implicit, ImplicitConfig
 from stepdistill.trainers.score.rollout import GridConfig, GridTrainer
 
@@ -36,11 +36,12 @@ class SiDTrainer(Implicit, GridTrainer):
 
     Here: the student's turn comes first, times are those of the family and not EDM's grid below
     u = 0.8, the student starts at pure noise and not at sigma = 2.5, and the loss is a mean over
-    samples without the factor 100, which Adam does not see.
+    samples without the factor 100, which Adam does not see but for its clip.
     """
 
     Config = SiDConfig
     config: SiDConfig
+    covers = True
     clips = True
     proofs: ClassVar = {
         "alpha 1.2": Proof(("gaussian",)),
@@ -50,11 +51,6 @@ class SiDTrainer(Implicit, GridTrainer):
             effort=1.2,
         ),
     }
-
-    @property
-    def fixed_point(self) -> FixedPoint:
-        """The data's law, at which both scores agree at every noise level."""
-        return FixedPoint("law", pooled=self.config.student_steps > 1, covers=True)
 
     def cost(self, seen: Seen) -> Tensor:
         """See :meth:`Implicit.cost`."""

@@ -26,6 +26,7 @@ class SiDAAdversary(AdversaryConfig):
     head: plug(HeadPlug) = Field(  # type: ignore[valid-type]
         default_factory=ChannelMean, description="the head on each feature"
     )
+    student: float = Field(1e-4, ge=0, description="weight in the student's loss, for each entry")
     from_step: int = Field(100, ge=0, description="step from which it takes part")
     same_noise: bool = Field(True, description="noise data and samples by the same noise")
 

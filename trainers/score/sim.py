@@ -15,7 +15,7 @@ from stepdistill.losses.distance import Distance, PseudoHuber
 from stepdistill.losses.gap import Seen
 from stepdistill.losses.implicit import Form, Space, sim_loss
 from stepdistill.run.plug import plug
-from stepdistill.trainers.fixed_point import FixedPoint, Proof
+from stepdistill.trainers.fixed_point import Proof
 from stepdistill.trainers.score.implicit import Implicit, ImplicitConfig
 from stepdistill.trainers.score.rollout import GridConfig, GridTrainer
 
@@ -41,16 +41,12 @@ class SIMTrainer(Implicit, GridTrainer):
 
     Config = SIMConfig
     config: SIMConfig
+    covers = True
     clips = True
     proofs: ClassVar = {
         "score": Proof(("gaussian", "gmm2d", "classes"), SMOOTH),
         "full": Proof(("gaussian",), {**SMOOTH, "form": "full"}),
     }
-
-    @property
-    def fixed_point(self) -> FixedPoint:
-        """The data's law: a distance of scores at every noise level sees a lost mode."""
-        return FixedPoint("law", pooled=self.config.student_steps > 1, covers=True)
 
     def cost(self, seen: Seen) -> Tensor:
         """See :meth:`Implicit.cost`."""

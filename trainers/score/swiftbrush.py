@@ -16,7 +16,7 @@ from stepdistill.diffusion.timesteps import Density, Uniform
 from stepdistill.losses.gap import Vsd, Weight
 from stepdistill.losses.guides import Both, Guide
 from stepdistill.run.plug import plug
-from stepdistill.trainers.fixed_point import FixedPoint, Proof
+from stepdistill.trainers.fixed_point import Proof
 from stepdistill.trainers.score.matching import Matching, MatchingConfig
 from stepdistill.trainers.score.rollout import GridConfig, GridTrainer
 
@@ -58,12 +58,6 @@ class SwiftBrushTrainer(Matching, GridTrainer):
             effort=1.2,
         ),
     }
-
-    @property
-    def fixed_point(self) -> FixedPoint:
-        """The data's law, unguided unless the teacher alone is guided."""
-        alone = self.config.guide.kind == "teacher"
-        return FixedPoint("law", pooled=self.config.student_steps > 1, guided=alone)
 
 
 TRAINER = SwiftBrushTrainer

@@ -17,15 +17,15 @@ from stepdistill.losses.gap import MeanAbs, Seen, Weight
 from stepdistill.losses.implicit import Ratio, uni_loss
 from stepdistill.run.errors import UserError
 from stepdistill.run.plug import plug
-from stepdistill.trainers.fixed_point import FixedPoint, Proof
-from stepdistill.trainers.score.adversary import AdversaryConfig
+from stepdistill.trainers.fixed_point import Proof
+from stepdistill.trainers.score.adversary import AdversaryConfig, RatioConfig, check_ratio
 from stepdistill.trainers.score.implicit import Implicit, ImplicitConfig
 from stepdistill.trainers.score.rollout import GridConfig, GridTrainer
 
 STATE = {"adversary": {"features": "state", "head": "mlp"}}
 
 
-class UniInstructConfig(GridConfig, ImplicitConfig):
+class UniInstructConfig(GridConfig, ImplicitConfig, RatioConfig):
     """Settings of ``uni_instruct``."""
 
     divergence: plug(Divergence) = Field(  # type: ignore[valid-type]
@@ -34,14 +34,12 @@ class UniInstructConfig(GridConfig, ImplicitConfig):
     ratio: Ratio = Field(
         "exact", description="exact: the gradient goes through the ratio too; stopped: it is held"
     )
-    least_ratio: float = Field(0.1, gt=0, le=1, description="lower bound of the density ratio")
-    greatest_ratio: float = Field(20.0, ge=1, description="upper bound of it")
     weights: tuple[plug(Weight), ...] = Field(  # type: ignore[valid-type]
         (MeanAbs(floor=1e-5),),
         description="factors of each sample's loss, multiplied and held constant; none: 1",
     )
     adversary: AdversaryConfig | None = Field(
-        default_factory=AdversaryConfig,
+        default_factory=lambda: AdversaryConfig(student=1e-4),
         description="the head that tells the ratio; null: none, for the reverse KL alone",
     )
 
@@ -57,6 +55,7 @@ class UniInstructTrainer(Implicit, GridTrainer):
 
     Config = UniInstructConfig
     config: UniInstructConfig
+    covers = True
     clips = True
     proofs: ClassVar = {
         "forward KL": Proof(("gmm2d",), STATE, effort=0.8),
@@ -64,11 +63,6 @@ class UniInstructTrainer(Implicit, GridTrainer):
             ("gaussian",), {**STATE, "divergence": "jensen_shannon"}, effort=0.5
         ),
     }
-
-    @property
-    def fixed_point(self) -> FixedPoint:
-        """The data's law, where every f-divergence is 0."""
-        return FixedPoint("law", pooled=self.config.student_steps > 1, covers=True)
 
     def setup(self) -> None:
         """See :meth:`ScoreTrainer.setup`.
@@ -82,11 +76,8 @@ class UniInstructTrainer(Implicit, GridTrainer):
                 f"adversary: {c.divergence.kind} takes the density ratio from the adversarial "
                 "head; set adversary={}, or divergence=reverse_kl, which needs none"
             )
-        if c.adversary is not None and c.adversary.loss.kind != "non_saturating":
-            raise UserError(
-                f"adversary.loss={c.adversary.loss.kind}: its logits are no log density ratios; "
-                "set adversary.loss=non_saturating"
-            )
+        if c.adversary is not None:
+            check_ratio(c.adversary, "uni_instruct")
         super().setup()
 
     def cost(self, seen: Seen) -> Tensor:

@@ -13,7 +13,7 @@ from pydantic import Field
 from stepdistill.losses.adversarial import Relativistic
 from stepdistill.losses.transport import Entropic, Transport
 from stepdistill.run.plug import plug
-from stepdistill.trainers.fixed_point import FixedPoint, Proof
+from stepdistill.trainers.fixed_point import Proof
 from stepdistill.trainers.score.adversary import AdversaryConfig
 from stepdistill.trainers.score.matching import Matching, MatchingConfig
 from stepdistill.trainers.score.rollout import GridConfig, GridTrainer
@@ -36,7 +36,8 @@ class VDOTTrainer(Matching, GridTrainer):
     """VDOT, spec 5.15; with ``transport: plain`` and no head it is ``dmd`` to the bit.
 
     Here: transport, gap and head in every update, DMD's normaliser on the first two together, heads
-    and taps of the engine; the blur, the iterations and the gap's share are ours.
+    and taps of the engine; the blur, the iterations, the gap's share and one fake-score update a
+    student's are ours.
     """
 
     Config = VDOTConfig
@@ -51,11 +52,6 @@ class VDOTTrainer(Matching, GridTrainer):
             },
         ),
     }
-
-    @property
-    def fixed_point(self) -> FixedPoint:
-        """The data's law: there transport, gap and the head's pull are all 0."""
-        return FixedPoint("law", pooled=self.config.student_steps > 1)
 
 
 TRAINER = VDOTTrainer

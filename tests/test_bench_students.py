@@ -1,0 +1,177 @@
+"""The benchmark of students: who takes part, what is kept of it, and its table."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+from stepdistill.commands import students
+from stepdistill.commands.fleet import Fleet
+from stepdistill.commands.read import read_config
+from stepdistill.commands.students import Bench, Entry, entries_of
+from stepdistill.commands.students_table import replace_section, section
+from stepdistill.eval.runner import Row
+from stepdistill.run.errors import CheckFailed, UserError
+
+ONE_STEP = {"sim", "sid", "dmd", "dmd2", "consistency", "reflow", "gdd", "ladd", "add", "mdt_dist"}
+
+
+def row(method: str, steps: int, fd: float, diversity: float = 5.0) -> Row:
+    """Figures of a student, or of the teacher."""
+    return Row(
+        model=method,
+        method=method,
+        steps=steps,
+        reference="digits",
+        features="digits",
+        feature_sha="0",
+        num=100,
+        seed=0,
+        fd=fd,
+        diversity=diversity,
+    )
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch) -> Bench:
+    """A benchmark whose trainings only note what they were asked for, and succeed."""
+    (tmp_path / "calls").mkdir()
+
+    def run(self: Fleet, *arguments: str) -> int:
+        assert arguments[0] == students.__name__
+        file = Path(arguments[3])
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({"steps": 7, "seconds_a_step": 1.5}))
+        return 0
+
+    def train(self: Fleet, config: str, folder: Path, *keys: str) -> int:
+        (tmp_path / "calls" / folder.name).write_text(" ".join([config, *keys]))
+        return int("seed=9" in keys)
+
+    def deliver(folder: Path, *_, steps: tuple[int, ...], **__) -> list[Row]:
+        return [row(folder.name, steps[0], 0.5)]
+
+    monkeypatch.setattr(Fleet, "run", run)
+    monkeypatch.setattr(Fleet, "train", train)
+    monkeypatch.setattr(students, "deliver", deliver)
+    return made(tmp_path)
+
+
+def made(folder: Path, seconds: float = 10, num: int = 100) -> Bench:
+    return Bench(folder / "out", folder / "record.json", None, seconds, num)  # type: ignore[arg-type]
+
+
+def test_all_that_shorten_take_part_and_learn_the_law_of_one_teacher() -> None:
+    one, four = entries_of(None, 1, "0,1,1"), entries_of(None, 4, "0")
+    assert {entry.method for entry in one} >= ONE_STEP
+    assert {entry.method for entry in four} >= {"phased_dmd", "flash_dmd", "sim", "reflow"}
+    assert not {entry.method for entry in one + four} & {"opd", "opd-diverse", "crd", "teacher"}
+    assert len(one) == 2 * len({entry.name for entry in one if entry.seed == 0})
+    for entry in one:
+        config = read_config(entry.config, entry.keys)[1]
+        assert config.teacher == students.TEACHER
+        assert config.guided is (entry.method in ("sid_lsg", "snoopi"))
+
+
+def test_one_run_serves_every_number_of_steps_where_it_can() -> None:
+    (one,), (four,) = (entries_of(["reflow-digits"], steps, "0") for steps in (1, 4))
+    assert one.run == four.run and one.plan == four.plan and one.name != four.name
+    (one,), (four,) = (entries_of(["sim-digits"], steps, "0") for steps in (1, 4))
+    assert one.run != four.run and "student_steps=4" in four.keys
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "line"),
+    [
+        ("teacher-digits-dit", 1, "denoising makes no teacher faster"),
+        ("opd-digits", 1, "opd makes no teacher faster"),
+        ("phased_dmd-digits", 1, "its student has no 1 steps"),
+        ("flash_dmd-digits", 2, "matched_steps=2 leaves none"),
+    ],
+)
+def test_a_config_that_cannot_take_part_says_why(name, steps, line) -> None:
+    with pytest.raises(UserError, match=f"--config {name}: {line}"):
+        entries_of([name], steps, "0")
+
+
+def test_a_run_has_the_steps_of_its_plan_and_is_not_made_again(bench, tmp_path) -> None:
+    entries = entries_of(["sim-digits"], 1, "0,1")
+    rows = bench.rows(entries)
+    assert [found.fd for found in rows] == [0.5, 0.5]
+    calls = {path.name: path.read_text() for path in (tmp_path / "calls").iterdir()}
+    assert set(calls) == {entry.run for entry in entries}
+    assert all("steps=7" in call and "eval.every_steps=0" in call for call in calls.values())
+    for path in (tmp_path / "calls").iterdir():
+        path.unlink()
+    assert made(tmp_path).rows(entries) == rows  # read from the file
+    assert not list((tmp_path / "calls").iterdir())
+
+
+def test_changed_settings_are_trained_anew_and_said(bench, tmp_path, capsys) -> None:
+    (entry,) = entries_of(["sim-digits"], 1, "0")
+    bench.rows([entry])
+    other = Entry(entry.config, 1, 0, entry.keys, entry.any_steps, settings="other")
+    again = made(tmp_path)
+    again.rows([other])
+    assert capsys.readouterr().err.count("sim-digits-k1") == 2  # its plan and its figures
+    assert len(list((tmp_path / "calls").iterdir())) == 2
+    assert again.record.figures[entry.name].settings == "other"
+
+
+def test_what_finished_is_kept_when_another_run_fails(bench, tmp_path) -> None:
+    with pytest.raises(CheckFailed, match=r"did not finish: sim-digits-k1-s9-\w+$"):
+        bench.rows(entries_of(["sim-digits"], 1, "0,9"))
+    assert list(made(tmp_path).record.figures) == ["sim-digits-k1-s0"]
+
+
+def test_a_record_of_another_budget_or_of_nothing_is_refused(bench, tmp_path) -> None:
+    bench.keep()
+    with pytest.raises(UserError, match="holds students of 10 s judged by 100 samples"):
+        made(tmp_path, seconds=20)
+    (tmp_path / "record.json").write_text("{}")
+    with pytest.raises(UserError, match="not a record of this benchmark"):
+        made(tmp_path)
+
+
+def test_a_plan_counts_the_time_of_a_step(tmp_path) -> None:
+    file = tmp_path / "plan.json"
+    students.plan_steps("sim-digits", 5.0, file, ["batch_size=8", "device=cpu"])
+    plan = json.loads(file.read_text())
+    assert plan["steps"] == max(1, round(5.0 / plan["seconds_a_step"]))
+
+
+def test_the_table_is_by_fd_with_spread_and_replaces_its_own_section(tmp_path) -> None:
+    teacher = [row("teacher", 1, 8.0), row("teacher", 32, 0.5)]
+    rows = [row("b", 1, 0.6), row("b", 1, 0.8), row("a", 1, 0.4, 5.5)]
+    keys = {"steps": 1, "seconds": 300, "num": 100, "guided": {"b"}}
+    text = section(rows, teacher, **keys)
+    lines = [line for line in text.splitlines() if line.startswith("| `")]
+    assert lines[0].startswith("| `a` | 0.40 ± 0.00 | 0.80 ± 0.00 | 5.50 (+10.0%) | 1 |")
+    assert re.match(r"\| `b`, guided \| 0\.70 ± 0\.14 \| 1\.40 ± 0\.28 \|.*\| 2 \|", lines[1])
+    file = tmp_path / "B.md"
+    file.write_text("# Benchmarks\n\n## Another\n\nstays\n")
+    for _ in range(2):
+        replace_section(file, text)
+    assert file.read_text().count("## Students of 1 step") == 1 and "stays" in file.read_text()
+
+
+def test_children_that_an_interrupt_leaves_are_ended() -> None:
+    fleet = Fleet(2)
+    fleet.cores = 2
+
+    def work(name: str) -> int:
+        if name == "waits":
+            return fleet.run("timeit", "-n1", "-r1", "import time; time.sleep(600)")
+        while not fleet.children:
+            time.sleep(0.05)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fleet.each(work, ["breaks", "waits"])
+    (child,) = fleet.children
+    assert child.wait(60) != 0
+    assert fleet.run("timeit") == 1 and len(fleet.children) == 1  # none is begun any more

@@ -108,7 +108,7 @@ def test_parts_of_the_classes(keys, parts) -> None:
         ({"parts": [["a"], ["b", "cc"]]}, "parts: the teacher has no class cc; did you mean c"),
         ({"parts": [["a"], ["b", 7]]}, "parts: the teacher has no class 7; there are a, b, c"),
         ({"adversary": {"features": "state", "head": "mlp"}}, "adversary: msd has none"),
-        ({"network": {**SMALL, "steps": 6}}, "network.steps=6 leaves none of steps=6"),
+        ({"network": {**SMALL, "steps": 6}}, "network.steps=6 leaves one of 2 students none of"),
         ({"network": SMALL}, r"network.config: it makes samples \(1, 8, 8\)"),
         ({"network": SMALL, "critic_follows": 0.1}, "critic_follows: smaller students"),
         ({"network": SMALL, "lora": {}}, "lora.players: a smaller student starts anew"),

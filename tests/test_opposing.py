@@ -1,4 +1,6 @@
-"""Adversarial methods: LADD, GDD, ADD and Flash-DMD against closed forms, and what they freeze."""
+"""Adversarial methods: LADD, GDD (innate one-step generators), ADD and Flash-DMD against closed
+forms, and what they freeze.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,7 +15,8 @@ from stepdistill.losses.transport import (
     points,
     squared_distances,
 )
-from tests.helpers import dit_teacher, make, mlp_teacher, noise, run, same, saved
+from stepdistill.run.rng import Rng
+from tests.helpers import batch_of, dit_teacher, make, mlp_teacher, noise, run, same, saved
 
 SHARP = Entropic(blur=1e-4, iterations=20)
 SHAPES = [(5, 6), (5, 2, 3, 3), (5, 2, 2, 3, 3)]
@@ -141,9 +144,18 @@ def test_vdot_without_transport_and_head_is_dmd_to_the_bit(teacher) -> None:
 
 
 def test_vdot_s_head_is_relativistic_and_asks_for_real_features() -> None:
-    made = make("vdot", mlp_teacher())
-    assert made.config.adversary.loss.compares and made.needs == "data"
-    assert made.config.transport == Entropic(lam=1.0)
+    """VDOT: the student's gradient changes with the real images, and is gone without them."""
+    pushes = []
+    for shift in (0.0, 0.3):
+        made = make("vdot", mlp_teacher(), adversary={"features": "state", "student": 1.0})
+        assert made.config.adversary.loss.compares and made.needs == "data"
+        assert made.config.transport == Entropic(lam=1.0)
+        for weight in made.adversary.net.parameters():
+            weight.data += 0.1 * noise(3, weight.shape)
+        batch = batch_of(made, 0)
+        batch = replace(batch, x=batch.x + shift)
+        pushes.append(float(made.student_loss(batch, Rng(0)).logs["adversarial"]))
+    assert abs(pushes[0] - pushes[1]) > 1e-4
 
 
 def test_any_matching_method_takes_the_transport() -> None:

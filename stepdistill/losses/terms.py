@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from functools import cache
 from typing import ClassVar
 
 import torch
@@ -18,6 +17,8 @@ from stepdistill.losses import reward as scored
 from stepdistill.losses.features import ImageFeatures, Pixels
 from stepdistill.run.errors import UserError
 from stepdistill.run.plug import Plug, kind_of, plug
+
+_networks: dict[tuple[type, str, tuple[int, ...], str], nn.Module] = {}
 
 
 class Term(Plug):
@@ -117,11 +118,13 @@ def diversity(e: Tensor) -> Tensor:
     return 0.5 * gap.square().sum(dim=1)
 
 
-@cache
 def network(features: ImageFeatures, shape: tuple[int, ...], device: str) -> nn.Module:
     """The frozen network of features, made once."""
-    net: nn.Module = features.build(shape).requires_grad_(False).eval()
-    return net.to(device)
+    key = (type(features), features.model_dump_json(), shape, device)
+    if key not in _networks:
+        net: nn.Module = features.build(shape).requires_grad_(False).eval()
+        _networks[key] = net.to(device)
+    return _networks[key]
 
 
 def largest(terms: Sequence[Term]) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from stepdistill.data.batch import Batch
 from stepdistill.diffusion.sampler import full
-from stepdistill.losses.adversarial import NonSaturating
+from stepdistill.losses.adversarial import AdversarialLoss, NonSaturating
 from stepdistill.losses.preference import preference_loss
 from stepdistill.losses.reward import Reward, rewards
 from stepdistill.run.errors import UserError
@@ -43,6 +43,15 @@ class PreferenceConfig(Section):
     from_step: int = Field(0, ge=0, description="step from which they take part")
 
 
+class FlashOpponent(PictureConfig):
+    """The discriminator of ``flash_dmd``."""
+
+    loss: plug(AdversarialLoss) = Field(  # type: ignore[valid-type]
+        default_factory=NonSaturating,
+        description="what its logits cost both sides, added over the heads",
+    )
+
+
 class FlashDMDConfig(GridConfig, MatchingConfig):
     """Settings of ``flash_dmd``."""
 
@@ -57,9 +66,8 @@ class FlashDMDConfig(GridConfig, MatchingConfig):
         0.03, ge=0, lt=1, description="share by which the fake score moves to the student's weights"
     )
     adversary: None = Field(None, description="always null: the fake score carries no head")
-    opponent: PictureConfig = Field(
-        default_factory=lambda: PictureConfig(loss=NonSaturating()),
-        description="the discriminator on pictures",
+    opponent: FlashOpponent = Field(
+        default_factory=FlashOpponent, description="the discriminator on pictures"
     )
     discriminator: OptimConfig = Field(
         default_factory=lambda: OptimConfig(lr=4e-4, betas=(0.0, 0.99)),

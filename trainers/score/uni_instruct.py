@@ -25,6 +25,12 @@ from stepdistill.trainers.score.rollout import GridConfig, GridTrainer
 STATE = {"adversary": {"features": "state", "head": "mlp"}}
 
 
+class UniAdversary(AdversaryConfig):
+    """The adversarial head of ``uni_instruct``."""
+
+    student: float = Field(1e-4, ge=0, description="weight in the student's loss, for each entry")
+
+
 class UniInstructConfig(GridConfig, ImplicitConfig, RatioConfig):
     """Settings of ``uni_instruct``."""
 
@@ -38,8 +44,8 @@ class UniInstructConfig(GridConfig, ImplicitConfig, RatioConfig):
         (MeanAbs(floor=1e-5),),
         description="factors of each sample's loss, multiplied and held constant; none: 1",
     )
-    adversary: AdversaryConfig | None = Field(
-        default_factory=lambda: AdversaryConfig(student=1e-4),
+    adversary: UniAdversary | None = Field(
+        default_factory=UniAdversary,
         description="the head that tells the ratio; null: none, for the reverse KL alone",
     )
 

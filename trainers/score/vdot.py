@@ -10,13 +10,21 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from stepdistill.losses.adversarial import Relativistic
+from stepdistill.losses.adversarial import AdversarialLoss, Relativistic
 from stepdistill.losses.transport import Entropic, Transport
 from stepdistill.run.plug import plug
 from stepdistill.trainers.fixed_point import Proof
 from stepdistill.trainers.score.adversary import AdversaryConfig
 from stepdistill.trainers.score.matching import Matching, MatchingConfig
 from stepdistill.trainers.score.rollout import GridConfig, GridTrainer
+
+
+class VDOTAdversary(AdversaryConfig):
+    """The adversarial head of ``vdot``."""
+
+    loss: plug(AdversarialLoss) = Field(  # type: ignore[valid-type]
+        default_factory=Relativistic, description="what its logits cost both sides"
+    )
 
 
 class VDOTConfig(GridConfig, MatchingConfig):
@@ -26,8 +34,8 @@ class VDOTConfig(GridConfig, MatchingConfig):
         default_factory=lambda: Entropic(lam=1.0),
         description="from the two clean estimates to a direction",
     )
-    adversary: AdversaryConfig | None = Field(
-        default_factory=lambda: AdversaryConfig(loss=Relativistic()),
+    adversary: VDOTAdversary | None = Field(
+        default_factory=VDOTAdversary,
         description="the adversarial head; null: none, and no data",
     )
 

@@ -28,8 +28,9 @@ from tests.helpers import batch_of, cases, make, mlp_teacher
 FOLDER = Path(__file__).with_name("golden")
 STEPS, SLACK = 20, 1e-6
 KEPT = re.compile(r"\w+/(loss|gap|direction|distance|grad_norm)")
-SMOOTH = {"optim": {"lr": 1e-3, "eps": 1e-2}, "critic": {"lr": 1e-3, "eps": 1e-2}}
-SMOOTH |= {"discriminator": {"lr": 1e-3, "eps": 1e-2}, "huber_scale": 1.0, "weight": "one"}
+STEADY = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-2}
+SMOOTH = {"optim": STEADY, "critic": STEADY, "discriminator": STEADY}
+SMOOTH |= {"huber_scale": 1.0, "weight": "one"}
 SMOOTH |= {"distance": {"kind": "pseudo_huber", "scale": 1.0}}
 """Settings, where a method has them, under which rounding stays what it is: an Adam whose first
 updates are no signs, a distance without a kink, and no weight that grows as a gap closes."""

@@ -28,7 +28,7 @@ from stepdistill.losses.distribution import Renoise
 from stepdistill.losses.guides import Guide, Teacher
 from stepdistill.losses.terms import Term, added, largest
 from stepdistill.run.errors import UserError
-from stepdistill.run.player import OptimConfig
+from stepdistill.run.player import Beta, OptimConfig
 from stepdistill.run.plug import plug
 from stepdistill.run.ratios import gap_parts, sample_parts
 from stepdistill.run.rng import Rng
@@ -39,12 +39,18 @@ from stepdistill.trainers.settings import TrainConfig
 NULL_SHARE = 0.1  # of the labels that a guided fake score trains without, where none is given
 
 
+class CriticOptim(OptimConfig):
+    """The fake score's optimizer: quick, and without momentum, as what it follows moves."""
+
+    lr: float = Field(4e-4, gt=0, description="peak learning rate")
+    betas: tuple[Beta, Beta] = Field((0.0, 0.999), description="AdamW's betas")
+
+
 class ScoreConfig(TrainConfig):
     """Settings of the score-distillation family."""
 
-    critic: OptimConfig = Field(
-        default_factory=lambda: OptimConfig(lr=4e-4, betas=(0.0, 0.999)),
-        description="the fake score's optimizer",
+    critic: CriticOptim = Field(
+        default_factory=CriticOptim, description="the fake score's optimizer"
     )
     critic_steps: int = Field(1, ge=1, description="fake-score updates a student update")
     critic_first: int = Field(

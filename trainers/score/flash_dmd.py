@@ -20,14 +20,13 @@ from stepdistill.losses.adversarial import AdversarialLoss, NonSaturating
 from stepdistill.losses.preference import preference_loss
 from stepdistill.losses.reward import Reward, rewards
 from stepdistill.run.errors import UserError
-from stepdistill.run.player import OptimConfig
 from stepdistill.run.plug import plug
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Loss, Pass, Turn
 from stepdistill.trainers.fixed_point import FixedPoint, Proof
 from stepdistill.trainers.score.engine import Sample
 from stepdistill.trainers.score.matching import Matching, MatchingConfig
-from stepdistill.trainers.score.opponent import PictureConfig, PictureOpponent
+from stepdistill.trainers.score.opponent import DiscriminatorOptim, PictureConfig, PictureOpponent
 from stepdistill.trainers.score.rollout import GridConfig, GridTrainer
 from stepdistill.trainers.settings import Section
 
@@ -69,9 +68,8 @@ class FlashDMDConfig(GridConfig, MatchingConfig):
     opponent: FlashOpponent = Field(
         default_factory=FlashOpponent, description="the discriminator on pictures"
     )
-    discriminator: OptimConfig = Field(
-        default_factory=lambda: OptimConfig(lr=4e-4, betas=(0.0, 0.99)),
-        description="the discriminator's optimizer",
+    discriminator: DiscriminatorOptim = Field(
+        default_factory=DiscriminatorOptim, description="the discriminator's optimizer"
     )
     preference: PreferenceConfig | None = Field(
         None, description="preferences by a reward beside the rest; null: none"

@@ -18,9 +18,17 @@ from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.losses.adversarial import AdversarialLoss, Hinge
 from stepdistill.losses.features import ImageFeatures, Projected, RandomConv, widths
 from stepdistill.losses.heads import Discriminator, HeadPlug, Tokens
+from stepdistill.run.player import Beta, OptimConfig
 from stepdistill.run.plug import plug
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.settings import Section
+
+
+class DiscriminatorOptim(OptimConfig):
+    """A discriminator's optimizer: quick, and without momentum."""
+
+    lr: float = Field(4e-4, gt=0, description="peak learning rate")
+    betas: tuple[Beta, Beta] = Field((0.0, 0.99), description="AdamW's betas")
 
 
 class OpponentConfig(Section):

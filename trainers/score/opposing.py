@@ -17,21 +17,19 @@ from torch import Tensor
 from stepdistill.data.batch import Batch
 from stepdistill.diffusion.process import expand
 from stepdistill.run.errors import UserError
-from stepdistill.run.player import OptimConfig
 from stepdistill.run.ratios import sample_parts
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Loss, Pass, Trainer, Turn
 from stepdistill.trainers.fixed_point import FixedPoint
-from stepdistill.trainers.score.opponent import Opponent
+from stepdistill.trainers.score.opponent import DiscriminatorOptim, Opponent
 from stepdistill.trainers.settings import TrainConfig
 
 
 class OpposingConfig(TrainConfig):
     """Settings of methods without a fake score."""
 
-    discriminator: OptimConfig = Field(
-        default_factory=lambda: OptimConfig(lr=4e-4, betas=(0.0, 0.99)),
-        description="the discriminator's optimizer",
+    discriminator: DiscriminatorOptim = Field(
+        default_factory=DiscriminatorOptim, description="the discriminator's optimizer"
     )
     discriminator_steps: int = Field(
         1, ge=1, description="discriminator updates a student update, on the same samples"

@@ -280,9 +280,15 @@ class Trainer(ABC):
         size = self.config.batch_size // self.world
         index = torch.arange(self.rank * size, (self.rank + 1) * size, device=self.device)
         if label is None and self.teacher.classes:
-            rng = Rng(self.config.seed).at(step)
-            label = rng.integers("label", index // self.group, len(self.teacher.classes))
+            own, rng = self.owned(step), Rng(self.config.seed).at(step)
+            count = len(self.teacher.classes) if own is None else len(own)
+            label = rng.integers("label", index // self.group, count)
+            label = label if own is None else own[label]
         return Batch(index, Cond(label if self.teacher.classes else None), x, z)
+
+    def owned(self, step: int) -> Tensor | None:
+        """The classes that a step trains, where labels are drawn; None for all."""
+        return None
 
     def shown(self, x: Tensor) -> Tensor:
         """A clean estimate as it is shown: clamped where the config says so."""

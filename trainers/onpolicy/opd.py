@@ -161,18 +161,9 @@ class OPDTrainer(Trainer):
             return 0
         return self.routes[Rng(self.config.seed).at(step).integer("task", len(self.routes))]
 
-    def batch(
-        self,
-        step: int,
-        x: Tensor | None = None,
-        label: Tensor | None = None,
-        z: Tensor | None = None,
-    ) -> Batch:
-        """See :meth:`Trainer.batch`; classes are those of the step's teacher."""
-        if label is None and any(self.routes):
-            own, index = self.own[self.task(step)], super().batch(step).index // self.group
-            label = own[Rng(self.config.seed).at(step).integers("label", index, len(own))]
-        return super().batch(step, x, label, z)
+    def owned(self, step: int) -> Tensor | None:
+        """See :meth:`Trainer.owned`: those of the step's teacher."""
+        return self.own[self.task(step)] if any(self.routes) else None
 
     @property
     def fixed_point(self) -> FixedPoint:

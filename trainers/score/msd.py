@@ -153,19 +153,9 @@ class MSDTrainer(Matching, GridTrainer):
             player.total = self.turns_from(self.matching)
             player.reset_optimizer()
 
-    def batch(
-        self,
-        step: int,
-        x: Tensor | None = None,
-        label: Tensor | None = None,
-        z: Tensor | None = None,
-    ) -> Batch:
-        """See :meth:`Trainer.batch`: the classes are those of the step's student."""
-        if label is None:
-            part = self.labels[step % self.config.students]
-            index = super().batch(step).index // self.group
-            label = part[Rng(self.config.seed).at(step).integers("label", index, len(part))]
-        return super().batch(step, x, label, z)
+    def owned(self, step: int) -> Tensor:
+        """See :meth:`Trainer.owned`: those of the step's student."""
+        return self.labels[step % self.config.students]
 
     def turns(self, step: int) -> list[Turn]:
         """Those of the engine for one student and its fake score; scores alone at first."""

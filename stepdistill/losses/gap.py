@@ -84,7 +84,8 @@ class Kl(Weight):
 class Reward(Weight):
     """exp(beta (reward - centre) / scale) of each sample, clipped (Stream-R1).
 
-    Here: the reward's centre and scale are constants, where Stream-R1 has running statistics.
+    Here: the reward's centre and scale are constants, where Stream-R1 has running statistics, and
+    weights are not brought to a mean of 1 in the batch: a sample's does not depend on the others.
     """
 
     reward: plug(AnyReward) = Field(description="of the clean estimate")  # type: ignore[valid-type]

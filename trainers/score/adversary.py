@@ -76,8 +76,7 @@ class Adversary:
     ) -> None:
         self.config, self.teacher, self.process = config, teacher, teacher.process
         den = critic if config.features == "critic" else teacher
-        known = den.adapter.taps(den.net)
-        self.names = tuple(modules(config.features, config.taps, known, den))
+        self.names = modules(config.features, config.taps, den.adapter.taps, den)
         found = channels(den, lambda x, t, cond: self.features(x, t, den, cond))
         rows = label_rows(teacher) if config.features == "state" else 0
         self.net = Discriminator(config.head, found, seed, rows).to(den.device)

@@ -75,8 +75,7 @@ class TeacherOpponent(Opponent):
 
     def __init__(self, config: TeacherConfig, teacher: Denoiser, seed: int) -> None:
         self.config, self.teacher = config, teacher
-        known = teacher.adapter.blocks(teacher.net)
-        self.names = tuple(modules(config.features, config.taps, known, teacher))
+        self.names = modules(config.features, config.taps, teacher.adapter.blocks, teacher)
         rows = 0 if self.names else label_rows(teacher)
         found = channels(teacher, self.features)
         self.net = Discriminator(config.head, found, seed, rows).to(teacher.device)

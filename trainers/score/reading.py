@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser
@@ -14,20 +14,24 @@ from stepdistill.losses.features import widths
 from stepdistill.run.errors import UserError
 
 
-def modules(features: str, taps: Sequence[str], known: Sequence[str], den: Denoiser) -> list[str]:
+def modules(
+    features: str, taps: Sequence[str], known: Callable[[nn.Module], Sequence[str]], den: Denoiser
+) -> tuple[str, ...]:
     """Names of the modules that are read; none for the state.
 
     Args:
         features: the config's key.
-        taps: the config's key; ``known`` stand for none.
-        known: those of the network's family.
+        taps: the config's key; ``known`` stands for none.
+        known: gives those of the network's family.
         den: the network.
 
     Raises:
         UserError: no name is given, and none known.
     """
-    names = [] if features == "state" else [*(taps or known)]
-    if features != "state" and not names:
+    if features == "state":
+        return ()
+    names = tuple(taps or known(den.net))
+    if not names:
         raise UserError(
             f"adversary.taps: {type(den.net).__name__} has no features known here; name its "
             "modules, or set adversary.features=state"

@@ -106,6 +106,7 @@ class Child:
 
 def _command(args: list[str], folder: Path, out: Path, err: Path, env: dict[str, str]) -> None:
     gc.freeze()  # what was imported before the fork is neither looked through nor copied
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     os.environ.update(env)
     os.chdir(folder)
     for path, stream in ((out, 1), (err, 2)):

@@ -34,7 +34,9 @@ def small(words: list[str]) -> list[str]:
     """The same command with few steps; through this interpreter's own scripts."""
     if {"train", "teacher"} & set(words):
         words = words + SMALL
-    if "--num" in words:
+    if "students" in words:
+        words = [*words, *"--config sim-digits --seconds 1 --seeds 0 --num 100".split()]
+    elif "--num" in words:
         words[words.index("--num") + 1] = "64"
     place = next(i for i, word in enumerate(words) if "=" not in word)
     words[place] = str(Path(sys.executable).parent / words[place])

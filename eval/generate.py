@@ -110,11 +110,13 @@ def load_pipeline(
     except (OSError, ValueError, AttributeError, ImportError, KeyError, TypeError) as error:
         if "trust_remote_code" in str(error):
             raise UserError(
-                f"{path} brings its own pipeline file; read it, then pass trust_remote_code"
+                f"{path} brings its own pipeline file; read it, then pass "
+                "--trust-remote-code (trust_remote_code=True)"
             ) from error
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = lines[0] if lines else type(error).__name__
-        raise UserError(f"cannot load the pipeline {path}: {reason}") from error
+        where = "" if folder.is_dir() else ", which is no folder here"
+        raise UserError(f"cannot load the pipeline {path}{where}: {reason}") from error
     return pipeline.to(device)
 
 

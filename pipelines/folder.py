@@ -99,7 +99,7 @@ def refuse_taken(out: Path, overwrite: bool) -> None:
     if out.is_dir() and not any(out.iterdir()):
         return
     if out.exists() and not overwrite:
-        raise UserError(f"{out} exists; choose another folder, or overwrite it explicitly")
+        raise UserError(f"{out} exists; choose another folder, or replace it by --overwrite")
     if out.exists() and not (out / INDEX).is_file():
         raise UserError(f"{out} is no pipeline folder (no {INDEX}), so it is not overwritten")
 

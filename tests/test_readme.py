@@ -10,6 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from tests.helpers import mlp_teacher, run, saved
 
 SMALL = ["steps=3", "batch_size=16", "sample.every_steps=0", "eval.every_steps=0", "device=cpu"]
 
@@ -61,7 +64,14 @@ def test_the_commands_run_in_order(root: Path, tmp_path: Path) -> None:
     assert (tmp_path / "figures.json").is_file()
     for block in blocks(root, "python"):
         if "class MyTrainer" in block:
-            compile(block, "README.md", "exec")
+            made: dict = {"__name__": "mine"}
+            exec(block, made)
+            keys = {"method": "mine", "run": "unused", "teacher": "unused", "steps": 4}
+            cls = made["TRAINER"]
+            own = cls(cls.Config(**keys, batch_size=8), mlp_teacher())
+            before = saved(own)[0]["student"]
+            run(own, 0, 3)
+            assert any(not torch.equal(w, before[k]) for k, w in saved(own)[0]["student"].items())
             continue
         code = block.replace("steps=100", "steps=2")
         ran = subprocess.run(

@@ -53,8 +53,8 @@ def section(
         wide = mean(group, "diversity")
         change = wide / (best.diversity or 1) - 1
         lines.append(
-            f"| `{method}`{', guided' if method in guided else ''} | {fd:.2f} ± {spread:.2f} "
-            f"| {fd / (best.fd or 1):.2f} ± {spread / (best.fd or 1):.2f} "
+            f"| `{method}`{', guided' if method in guided else ''} | {given(group, fd, spread)} "
+            f"| {given(group, fd / (best.fd or 1), spread / (best.fd or 1))} "
             f"| {wide:.2f} ({change:+.1%}) | {len(group)} |"
         )
     for row in teacher:
@@ -63,6 +63,11 @@ def section(
             f"| {row.diversity:.2f} | |"
         )
     return "\n".join(lines) + "\n"
+
+
+def given(rows: Sequence[Row], value: float, spread: float) -> str:
+    """A figure, with its spread where there is one."""
+    return f"{value:.2f} ± {spread:.2f}" if len(rows) > 1 else f"{value:.2f}"
 
 
 def mean(rows: Sequence[Row], figure: str) -> float:

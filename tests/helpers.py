@@ -15,6 +15,7 @@ from stepdistill.data.batch import Batch
 from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.diffusion.process import EDM, RF, VP, Process, Trig
 from stepdistill.diffusion.timesteps import Grid
+from stepdistill.eval.runner import Row
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Trainer
 from stepdistill.trainers.find import trainer
@@ -287,3 +288,19 @@ def descend(
         loss(mu, u).backward()
         optimizer.step()
     return float(mu.detach()), abs(float(u.detach()))
+
+
+def figures(method: str, steps: int, fd: float, diversity: float = 5.8) -> Row:
+    """A row of an evaluation: of a student, or of the teacher."""
+    return Row(
+        model=method,
+        method=method,
+        steps=steps,
+        reference="digits",
+        features="digits",
+        feature_sha="0",
+        num=2000,
+        seed=0,
+        fd=fd,
+        diversity=diversity,
+    )

@@ -6,9 +6,9 @@ import pytest
 
 from stepdistill.commands import bench, doctor
 from stepdistill.commands.demo import METHODS, RATIOS, SPREADS, judge
-from stepdistill.eval.runner import Row
 from stepdistill.run.errors import CheckFailed
 from stepdistill.trainers.find import methods
+from tests.helpers import figures
 
 
 @pytest.mark.parametrize(
@@ -44,22 +44,7 @@ def test_bench_names_every_part_and_forms_the_ratio(method: str, capsys) -> None
     assert "step / (passes + optimizers)" in shown and "teacher" in shown
 
 
-def row(method: str, steps: int, fd: float, diversity: float = 5.8) -> Row:
-    return Row(
-        model=method,
-        method=method,
-        steps=steps,
-        reference="digits",
-        features="digits",
-        feature_sha="0",
-        num=2000,
-        seed=0,
-        fd=fd,
-        diversity=diversity,
-    )
-
-
-TEACHER = [row("teacher", n, fd) for n, fd in ((1, 6.5), (2, 3.7), (4, 1.3), (32, 0.3))]
+TEACHER = [figures("teacher", n, fd) for n, fd in ((1, 6.5), (2, 3.7), (4, 1.3), (32, 0.3))]
 
 
 def test_every_method_of_the_demo_has_a_bound() -> None:
@@ -69,18 +54,18 @@ def test_every_method_of_the_demo_has_a_bound() -> None:
 @pytest.mark.parametrize("method,steps", list(RATIOS))
 def test_a_row_at_its_bound_passes_and_one_beyond_fails(method: str, steps: int, capsys) -> None:
     most = 0.3 * RATIOS[method, steps]
-    judge(TEACHER, [row(method, steps, most * 0.999)], full=True)
+    judge(TEACHER, [figures(method, steps, most * 0.999)], full=True)
     with pytest.raises(CheckFailed, match=f"{method} at {steps} steps: r "):
-        judge(TEACHER, [row(method, steps, most * 1.01)], full=True)
+        judge(TEACHER, [figures(method, steps, most * 1.01)], full=True)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_too_wide_a_row_fails_at_any_number_of_steps(method: str, capsys) -> None:
-    judge(TEACHER, [row(method, 2, 0.2, 5.8 * (1 + SPREADS[method] * 0.95))], full=True)
+    judge(TEACHER, [figures(method, 2, 0.2, 5.8 * (1 + SPREADS[method] * 0.95))], full=True)
     with pytest.raises(CheckFailed, match="diversity"):
-        judge(TEACHER, [row(method, 2, 0.2, 5.8 * (1 + SPREADS[method] * 1.05))], full=True)
+        judge(TEACHER, [figures(method, 2, 0.2, 5.8 * (1 + SPREADS[method] * 1.05))], full=True)
 
 
 def test_a_row_worse_than_the_teacher_at_its_steps_fails(capsys) -> None:
     with pytest.raises(CheckFailed, match="worse than the teacher's 3.70"):
-        judge(TEACHER, [row("consistency", 2, 3.8)], full=True)
+        judge(TEACHER, [figures("consistency", 2, 3.8)], full=True)

@@ -16,24 +16,9 @@ from stepdistill.commands.students import Bench, Entry, entries_of
 from stepdistill.commands.students_table import replace_section, section
 from stepdistill.eval.runner import Row
 from stepdistill.run.errors import CheckFailed, UserError
+from tests.helpers import figures
 
 ONE_STEP = {"sim", "sid", "dmd", "dmd2", "consistency", "reflow", "gdd", "ladd", "add", "mdt_dist"}
-
-
-def row(method: str, steps: int, fd: float, diversity: float = 5.0) -> Row:
-    """Figures of a student, or of the teacher."""
-    return Row(
-        model=method,
-        method=method,
-        steps=steps,
-        reference="digits",
-        features="digits",
-        feature_sha="0",
-        num=100,
-        seed=0,
-        fd=fd,
-        diversity=diversity,
-    )
 
 
 @pytest.fixture
@@ -53,7 +38,7 @@ def bench(tmp_path, monkeypatch) -> Bench:
         return int("seed=9" in keys)
 
     def deliver(folder: Path, *_, steps: tuple[int, ...], **__) -> list[Row]:
-        return [row(folder.name, steps[0], 0.5)]
+        return [figures(folder.name, steps[0], 0.5)]
 
     monkeypatch.setattr(Fleet, "run", run)
     monkeypatch.setattr(Fleet, "train", train)
@@ -145,8 +130,8 @@ def test_a_plan_counts_the_time_of_a_step(tmp_path) -> None:
 
 
 def test_the_table_is_by_fd_with_spread_and_replaces_its_own_section(tmp_path) -> None:
-    teacher = [row("teacher", 1, 8.0), row("teacher", 32, 0.5)]
-    rows = [row("b", 1, 0.6), row("b", 1, 0.8), row("a", 1, 0.4, 5.5)]
+    teacher = [figures("teacher", 1, 8.0), figures("teacher", 32, 0.5, 5.0)]
+    rows = [figures("b", 1, 0.6), figures("b", 1, 0.8), figures("a", 1, 0.4, 5.5)]
     keys = {"steps": 1, "seconds": 300, "num": 100, "guided": {"b"}}
     text = section(rows, teacher, **keys)
     lines = [line for line in text.splitlines() if line.startswith("| `")]

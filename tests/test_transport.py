@@ -144,7 +144,7 @@ def test_vdot_without_transport_and_head_is_dmd_to_the_bit(teacher) -> None:
 
 
 def test_vdot_s_head_is_relativistic_and_asks_for_real_features() -> None:
-    """VDOT: the student's gradient changes with the real images, and is gone without them."""
+    """VDOT: the student's adversarial loss changes with the real images."""
     pushes = []
     for shift in (0.0, 0.3):
         made = make("vdot", mlp_teacher(), adversary={"features": "state", "student": 1.0})

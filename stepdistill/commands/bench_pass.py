@@ -16,10 +16,12 @@ from stepdistill.trainers.base import Pass, Trainer
 def bare(trainer: Trainer, item: Pass, batch: Batch) -> Callable[[], None]:
     """One network pass and nothing else."""
     teacher = trainer.teacher.at(0.5 * trainer.process.t_max)  # an expert, of several
-    if item.role == "average":
+    if item.role == "teacher":
+        den = teacher
+    elif item.role == "average":
         den = trainer.students()[-1].best
     else:
-        den = teacher if item.role == "teacher" else trainer.denoiser(item.role)
+        den = trainer.denoiser(item.role)
     z = trainer.z(batch, Rng(trainer.config.seed))
     t = torch.full((len(z),), 0.5 * trainer.process.t_max, device=z.device)
     cond = batch.cond

@@ -34,15 +34,15 @@ class Fleet:
 
     def each(self, work: Callable[[T], R], items: Sequence[T]) -> list[R]:
         """``work`` of every item, in threads; children that are left at an interrupt are ended."""
-        self.over = False
         with ThreadPoolExecutor(self.cores) as pool:
             try:
                 return list(pool.map(work, items))
-            finally:
+            except BaseException:
                 self.over = True
                 pool.shutdown(wait=False, cancel_futures=True)
                 for child in self.children:
                     child.terminate()
+                raise
 
     def run(self, *arguments: str) -> int:
         """Run ``python -m`` with these arguments, its output left out; returns its exit code."""

@@ -143,14 +143,13 @@ class Adversary:
             batch: the data, and the conditions of that pass.
             rng: the step's.
         """
-        c = self.config
-        label = batch.cond.label
+        c, label = self.config, batch.cond.label
+        own = e if c.same_noise else None
         fake = self.net(self.features(x_t, t, critic, batch.cond, kept), label)
-        e = e if c.same_noise else rng.normal("real-e", batch.index, x_t.shape[1:])
-        real = self.net(self.real(t, critic, batch, rng, e), label)
+        real = self.net(self.real(t, critic, batch, rng, own), label)
         loss: Tensor = c.loss.critic(real, fake).mean()
         if c.r1:
-            near = self.net(self.real(t, critic, batch, rng, e, c.r1_noise), label)
+            near = self.net(self.real(t, critic, batch, rng, own, c.r1_noise), label)
             loss = loss + c.r1 * (real - near).square().mean()
         return loss
 
@@ -180,9 +179,8 @@ class Adversary:
         """
         assert batch.x is not None
         shape = batch.x.shape[1:]
-        x_t = self.process.noise(
-            batch.x, e if e is not None else rng.normal("real-e", batch.index, shape), t
-        )
+        e = rng.normal("real-e", batch.index, shape) if e is None else e
+        x_t = self.process.noise(batch.x, e, t)
         if near:
             x_t = x_t + near * rng.normal("r1", batch.index, shape)
         return self.features(x_t, t, critic, batch.cond)

@@ -196,6 +196,17 @@ def test_workers_killed_at_a_random_moment_leave_a_store_that_can_be_finished(
     assert files(cut) == files(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("name", [MANIFEST, shard_path(Path(), 0).name])
+def test_what_a_worker_killed_in_a_write_has_left_is_removed(tmp_path, name) -> None:
+    make(tmp_path / "whole")
+    assert (tmp_path / "whole" / name).is_file()
+    cut = tmp_path / "cut"
+    cut.mkdir()
+    (cut / f".{name}.0123abcd.part").write_bytes(b"torn")
+    make(cut)
+    assert files(cut) == files(tmp_path / "whole")
+
+
 def command(run: str, *more: str) -> list[str]:
     keys = ["pairs.num=200", "pairs.steps=8", "pairs.shard=16", "pairs.batch_size=8"]
     return ["pairs", "reflow-digits", f"run={run}", *keys, *more]

@@ -21,7 +21,7 @@ from torch import Tensor
 from stepdistill.data.order import batch_positions
 from stepdistill.diffusion.cond import Cond
 from stepdistill.run.errors import UserError
-from stepdistill.run.files import flush, write_bytes, write_text
+from stepdistill.run.files import flush, write_bytes
 from stepdistill.run.rng import Rng
 
 MANIFEST = "manifest.json"
@@ -154,18 +154,23 @@ def make_pairs(
             told(len(index))
         _write(root, plan, shard, torch.cat(parts))
     if rank == 0:
-        write_text(root / MANIFEST, json.dumps(asdict(plan), indent=1))
+        _write_anew(root / MANIFEST, json.dumps(asdict(plan), indent=1).encode())
 
 
 def _write(root: Path, plan: PairPlan, shard: int, x: Tensor) -> None:
     index = plan.indices(shard)
     facts = {"plan": plan.digest(), "noise": checksum(plan.noise(index[:1]))}
     meta = {"shard": json.dumps(facts)}  # one entry, since safetensors writes several in any order
-    path = shard_path(root, shard)
-    for left in root.glob(f".{path.name}.*"):  # by a worker that was killed while it wrote
-        left.unlink()
-    write_bytes(path, save({"x": x.contiguous(), "label": plan.labels(index)}, metadata=meta))
+    data = save({"x": x.contiguous(), "label": plan.labels(index)}, metadata=meta)
+    _write_anew(shard_path(root, shard), data)
     flush(root)
+
+
+def _write_anew(path: Path, data: bytes) -> None:
+    """Write a file, and remove what a worker that was killed while it wrote it has left."""
+    for left in path.parent.glob(f".{path.name}.*"):
+        left.unlink()
+    write_bytes(path, data)
 
 
 class PairStore:

@@ -210,6 +210,25 @@ def test_torchrun(folder, pair) -> None:
     assert weights(folder / run) == weights(pair["phased_dmd"])
 
 
+def test_no_thread_of_the_process_group_outlives_the_run(folder) -> None:
+    """One that is still at work when the interpreter ends aborts a run that had succeeded."""
+    (folder / "leave.py").write_text(
+        "import atexit, pathlib\n"
+        "from stepdistill.cli import main\n"
+        "def threads():\n"
+        "    tasks = pathlib.Path('/proc/self/task').iterdir()\n"
+        "    return sorted((task / 'comm').read_text().strip() for task in tasks)\n"
+        "atexit.register(lambda: print('threads', threads()))\n"
+        "main()\n"
+    )
+    launcher = ["torchrun", "--nproc_per_node", "2", "leave.py"]
+    done = launch(folder, launcher, *command("phased_dmd", "left"))
+    assert done.returncode == 0, done.stderr
+    left = [line for line in done.stdout.splitlines() if line.startswith("threads")]
+    assert len(left) == 2
+    assert "gloo" not in "".join(left)
+
+
 def test_accelerate_launch(folder) -> None:
     launcher = ["accelerate", "launch", "--cpu", "-m", "stepdistill"]
     done = launch(folder, launcher, *command("consistency", "launched"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import warnings
 from contextlib import AbstractContextManager
@@ -10,6 +11,7 @@ from inspect import signature
 from typing import Any, Literal
 
 import torch
+import torch.distributed.nn.functional  # else compiled code does, and holds the group for ever
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env
@@ -73,6 +75,7 @@ class Processes:
         self.world: int = self.accelerator.num_processes
         self.device: torch.device = self.accelerator.device
         self.compiled = compiled
+        self._wrapped: list[Player] = []
 
     @property
     def main(self) -> bool:
@@ -105,7 +108,9 @@ class Processes:
             net = DistributedDataParallel(net, device_ids=ids, **_NO_BUFFERS)
             for param in player.params:
                 param.requires_grad_(False)
-        player.wrapper = None if net is player.denoiser.net else net
+        if net is not player.denoiser.net:
+            player.wrapper = net
+            self._wrapped.append(player)
 
     def average(self, grads: list[Tensor]) -> None:
         """Put the mean over all processes into gradients, in one message."""
@@ -126,7 +131,15 @@ class Processes:
         self.accelerator.wait_for_everyone()
 
     def close(self) -> None:
-        """Leave the process group, so that another run of this process may choose anew."""
+        """Leave the process group, so that another run of this process may choose anew.
+
+        Its threads end here, with the last reference to it: one that is still at work when the
+        interpreter ends would abort the process.
+        """
+        for player in self._wrapped:
+            player.wrapper = None
+        self._wrapped.clear()
+        gc.collect()  # wrappers are in circles
         self.accelerator.end_training()
         AcceleratorState._reset_state(reset_partial_state=True)
 

@@ -95,7 +95,9 @@ class LiteralGridScheduler(SchedulerMixin, ConfigMixin):
         grids = self.config.grids
         if str(steps) not in grids:
             known = ", ".join(sorted(grids, key=int))
-            raise ValueError(f"no grid for {steps} steps was written; available: {known}")
+            raise ValueError(
+                f"this model takes {known} steps, not {steps}: it was trained and saved for those"
+            )
         self._rows: list[dict[str, Any]] = grids[str(steps)]
         self.num_inference_steps = len(self._rows)
         self.timesteps = torch.tensor(

@@ -15,6 +15,7 @@ from PIL import Image
 
 from stepdistill.cli import guarded
 from stepdistill.run.assets import TEACHERS
+from stepdistill.run.config import CONFIGS
 from stepdistill.run.errors import CheckFailed, Stopped, UserError
 from stepdistill.trainers.find import methods
 from tests.children import Done, stepdistill
@@ -157,6 +158,8 @@ def test_methods_and_schema(folder) -> None:
         assert re.search(rf"^{method.name} +{method.family} +\w", done.out, re.MULTILINE)
         made = json.loads(stepdistill("schema", method.name, folder=folder).out)
         assert {"run", "steps", "optim", "extends"} <= set(made["properties"])
+    for path in CONFIGS.glob("*.yaml"):
+        assert re.search(rf"^{path.stem} +\S", done.out, re.MULTILINE), path.stem
 
 
 def test_doctor(folder) -> None:

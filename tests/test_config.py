@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from stepdistill.commands.methods import schema
 from stepdistill.commands.read import read_config
 from stepdistill.run import config as configs
-from stepdistill.run.config import CONFIGS, digest, dump, find, read, validate
+from stepdistill.run.config import CONFIGS, differences, digest, dump, find, read, validate
 from stepdistill.run.errors import UserError
 from stepdistill.trainers.find import methods
 from stepdistill.trainers.settings import TrainConfig
@@ -117,6 +117,10 @@ def test_an_unknown_key_is_told_with_its_line_and_the_closest_one(tmp_path) -> N
     assert message(name) == f"{name}:5: unknown key optim.lrr; did you mean optim.lr?"
     name = write(tmp_path, "a", "steps: 1\nstep: 2\n")
     assert message(name) == f"{name}:2: unknown key step; did you mean steps?"
+    name = write(tmp_path, "a", "steps: 1\nlr: 2\n")  # known one section deeper
+    assert message(name) == f"{name}:2: unknown key lr; did you mean optim.lr?"
+    name = write(tmp_path, "a", "steps: 1\nside: 2\n")
+    assert message(name) == f"{name}:2: unknown key side; did you mean shape.side?"
     name = write(tmp_path, "a", "steps: 1\nqqqqq: 2\n")
     assert message(name) == f"{name}:2: unknown key qqqqq; known are steps, optim, shape, size"
 
@@ -155,8 +159,20 @@ def test_wrong_values_and_missing_keys_name_their_place(tmp_path) -> None:
     assert message(name).startswith(f"{name}:1: steps='many': input should be a valid integer")
     name = write(tmp_path, "a", "steps: 1\noptim: {betas: [0, x]}\n")
     assert message(name).startswith(f"{name}:2: optim.betas.1='x': input should be a valid number")
+    name = write(tmp_path, "a", "steps: 1\noptim: {betas: 0.9}\n")
+    assert message(name) == f"{name}:2: optim.betas=0.9: this key holds a list; write it in [ ]"
     name = write(tmp_path, "a", "steps: 1\noptim: 3\n")
     assert message(name).startswith(f"{name}:2: optim=3: input should be a valid dictionary")
+
+
+def test_what_two_configs_differ_in_is_told_by_dotted_keys() -> None:
+    old = {"optim": {"lr": 0.1, "betas": [0, 1]}, "adversary": None, "seed": 1}
+    new = {"optim": {"lr": 0.2, "betas": [0, 1], "eps": 1e-8}, "adversary": {"pace": 2}, "seed": 1}
+    assert list(differences(old, new, "all")) == [
+        "all.optim.lr=0.1 (here 0.2)",
+        "all.optim.eps=null (here 1e-08)",
+        'all.adversary=null (here {"pace": 2})',
+    ]
 
 
 def test_a_wrong_value_is_placed_where_it_was_written_last(tmp_path) -> None:

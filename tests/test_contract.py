@@ -122,6 +122,7 @@ def test_killed_at_every_boundary_and_resumed_a_run_ends_the_same(folder, whole,
         done = Child(args, folder, {KILL: boundary}).wait()
         assert done.code == -signal.SIGKILL, f"{boundary}: {done}"
         assert (f"resumed from step-{goes_on:07d}" in done.err) == (goes_on > 0), boundary
+        assert ("no checkpoint to go on from" in done.err) == (goes_on == 0), boundary
         check_left(run, boundary)
         goes_on = BOUNDARIES[boundary]
         complete = [p for p in checkpoint.found(run / "checkpoints") if not checkpoint.problem(p)]

@@ -144,7 +144,7 @@ def test_a_fake_score_that_explodes_stops_the_run_and_says_from_where_to_go_on(f
     assert "resumed from step-0000006 with other settings of critic" in done.err
     assert rows(folder / "calm")[0]["step"] == 7 and weights_of(folder / source) == kept
     line = last_line(stepdistill(*args[:-1], "seed=3", "resume=auto", folder=folder))
-    assert "was made with other settings of seed" in line  # only what tunes may change
+    assert "was made with other settings: seed=0 (here 3)" in line  # only what tunes may change
 
 
 def test_a_fake_score_that_explodes_may_be_let_run(folder) -> None:

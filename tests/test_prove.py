@@ -145,10 +145,9 @@ def test_a_planted_bug_is_found(tmp_path, bug) -> None:
     args = ["--method", method, "--setting", setting, "--teacher", teacher, "--workers", "1"]
     done = prove(tmp_path, *args, "--json", "rows.json", bug=bug)
     assert done.code == 1, done
-    line = done.err.splitlines()[-1]
-    assert re.search(
-        rf"{method} \({re.escape(setting)}\) on {teacher}.*{re.escape(quantity)}", line
-    )
+    case = rf"{method} \({re.escape(setting)}\) on {teacher}"
+    assert re.search(rf"^prove: {case}.*{re.escape(quantity)} is", done.err, re.MULTILINE)
+    assert re.search(rf"short: {case}$", done.err.splitlines()[-1])
     short = {row["quantity"] for row in rows_of(tmp_path) if not row["passed"]}
     assert quantity in short
     assert Case(method, setting, teacher) in plan([method], [setting], teacher)

@@ -285,8 +285,8 @@ def test_a_finished_run_resumed_does_nothing_and_can_be_made_longer(folder, whol
 @pytest.mark.parametrize(
     ("more", "line"),
     [
-        (["optim.lr=0.5"], "was made with other settings of optim; set them back, or start a new"),
-        (["seed=1", "critic_steps=3"], "was made with other settings of seed, critic_steps; "),
+        (["optim.lr=0.5"], r"other settings: optim.lr=[\d.e-]+ \(here 0.5\); set them back, or"),
+        (["seed=1", "critic_steps=3"], r"seed=0 \(here 1\), critic_steps=\d \(here 3\); set"),
         (["steps=4"], "steps=4: checkpoint .* has done 6 already; set steps to that or more"),
         (["steps=20"], r"steps=20: at step 6 this run trains student, critic, the checkpoint .*_2"),
     ],

@@ -93,7 +93,7 @@ class Trainer(ABC):
     """
 
     Config: ClassVar[type[TrainConfig]] = TrainConfig
-    needs: ClassVar[Literal["labels", "data", "pairs"]] = "labels"
+    needs: Literal["labels", "data", "pairs"] = "labels"
     noise: NoiseSource = "predicted"
     sizes: tuple[int, ...] = (1,)
     group = 1  # neighbours in a batch whose drawn class is one and the same

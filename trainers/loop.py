@@ -17,7 +17,7 @@ from torch import Tensor
 from stepdistill.adapters import lora
 from stepdistill.data.batch import Batch
 from stepdistill.run import bands, checkpoint
-from stepdistill.run.config import digest, dump
+from stepdistill.run.config import differences, digest, dump
 from stepdistill.run.errors import Stopped, UserError
 from stepdistill.run.files import told, whole_folder, write_text
 from stepdistill.run.health import Divergence, Health, NotFinite
@@ -113,6 +113,8 @@ class Loop:
         own = source is not None and source.resolve().parent == self.folder.resolve()
         if not own:
             self._refuse_taken()
+        if auto and source is None:
+            self.watcher.say(f"no checkpoint to go on from in {self.folder}: starts at step 0")
         step = self._restore(source, own=own, checked=auto) if source else 0
         self.ranks.wait()
         with self._writing(f"run={self.run}"):
@@ -163,8 +165,9 @@ class Loop:
         tuned = [] if own else [k for k in changed if k in TUNED_KEYS]
         changed = [k for k in changed if k not in tuned]
         if changed:
+            others = ", ".join(text for k in changed for text in differences(old.get(k), new[k], k))
             raise UserError(
-                f"checkpoint {source} was made with other settings of {', '.join(changed)}; "
+                f"checkpoint {source} was made with other settings: {others}; "
                 "set them back, or start a new run"
             )
         if saved.step > self.config.steps:

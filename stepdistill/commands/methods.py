@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
 
 from rich.console import Console
 from rich.table import Table
 
+from stepdistill.run.config import about
 from stepdistill.trainers.find import methods as all_methods
 from stepdistill.trainers.find import trainer
 
 
 def methods() -> None:
-    """Print the methods, read from their files without importing them."""
-    table = Table(box=None, pad_edge=False)
-    for title in ("method", "family", "what it does"):
-        table.add_column(title)
-    for method in all_methods():
-        table.add_row(method.name, method.family, method.summary)
+    """Print the methods, read from their files without importing them, and the configs."""
+    found = [(method.name, method.family, method.summary) for method in all_methods()]
+    _print(("method", "family", "what it does"), found)
+    print()
+    _print(("config", "what it trains"), list(about().items()))
+
+
+def _print(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    table = Table(*titles, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
     Console().print(table)
 
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from stepdistill.commands.proof_page import write_markdown, write_page
-from stepdistill.commands.proof_words import figure
+from stepdistill.commands.proof_words import figure, headline
 from stepdistill.proof.ground import Outcome, plan, prove_case
 from stepdistill.proof.rows import Row
 from stepdistill.proof.trial import Case
@@ -167,7 +167,7 @@ def _verdict(outcomes: Sequence[Outcome]) -> None:
     """Say how it ended.
 
     Raises:
-        CheckFailed: naming every figure that falls short.
+        CheckFailed: naming the cases; a line before it tells each figure that falls short.
     """
     short = [row for one in outcomes for row in one.short]
     if not any(one.rows for one in outcomes):
@@ -175,12 +175,14 @@ def _verdict(outcomes: Sequence[Outcome]) -> None:
     if not short:
         print(f"prove: all {sum(len(one.rows) for one in outcomes)} figures hold")
         return
-    lines = []
     for row in short:
         steps = "" if row.student_steps is None else f" at {row.student_steps} steps"
-        lines.append(
-            f"{row.method} ({row.setting}) on {row.teacher}{steps}: {row.quantity} is "
+        print(
+            f"prove: {row.method} ({row.setting}) on {row.teacher}{steps}: {row.quantity} is "
             f"{figure(row.measured)}, expected {figure(row.expected)} within "
-            f"{figure(row.tolerance)}"
+            f"{figure(row.tolerance)}",
+            file=sys.stderr,
         )
-    raise CheckFailed(f"prove: {len(short)} figures fall short: " + "; ".join(lines))
+    cases = dict.fromkeys(f"{row.method} ({row.setting}) on {row.teacher}" for row in short)
+    said = headline([row for one in outcomes for row in one.rows])
+    raise CheckFailed(f"prove: {said}: {', '.join(cases)}")

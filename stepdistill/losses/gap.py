@@ -16,7 +16,7 @@ from torch import Tensor
 from stepdistill.diffusion.process import Coefs, expand
 from stepdistill.losses.reward import Reward as AnyReward
 from stepdistill.losses.reward import rewards
-from stepdistill.run.plug import Plug, plug
+from stepdistill.run.plug import Plug, Plugged
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Reward(Weight):
     weights are not brought to a mean of 1 in the batch: a sample's does not depend on the others.
     """
 
-    reward: plug(AnyReward) = Field(description="of the clean estimate")  # type: ignore[valid-type]
+    reward: Plugged[AnyReward] = Field(description="of the clean estimate")
     beta: float = Field(1.0, description="sharpness; 0: every sample weighs 1")
     centre: float = Field(0.0, description="the reward that weighs 1")
     scale: float = Field(1.0, gt=0, description="the reward's unit")
@@ -108,7 +108,7 @@ class Saliency(Weight):
     floor + (1 - floor) S / max S, S the gradient's mean size over the channels of a position.
     """
 
-    reward: plug(AnyReward) = Field(description="of the clean estimate")  # type: ignore[valid-type]
+    reward: Plugged[AnyReward] = Field(description="of the clean estimate")
     floor: float = Field(0.15, ge=0, le=1, description="weight where it is 0; 1: all weigh 1")
 
     def __call__(self, seen: Seen) -> Tensor:

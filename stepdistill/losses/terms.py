@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from stepdistill.losses import reward as scored
 from stepdistill.losses.features import ImageFeatures, Pixels
 from stepdistill.run.errors import UserError
-from stepdistill.run.plug import Plug, kind_of, plug
+from stepdistill.run.plug import Plug, Plugged, kind_of
 
 _networks: dict[tuple[type, str, tuple[int, ...], str], nn.Module] = {}
 
@@ -51,7 +51,7 @@ class Diversity(Term):
 
     group: ClassVar[int] = 2
     weight: float = Field(0.1, ge=0, description="beta: how much diversity counts")
-    features: plug(ImageFeatures) = Field(  # type: ignore[valid-type]
+    features: Plugged[ImageFeatures] = Field(
         default_factory=Pixels, description="E, whose features are laid out in one vector"
     )
 
@@ -74,7 +74,7 @@ class Reward(Term):
     """-weight R(x, class): the student follows a reward's gradient."""
 
     weight: float = Field(1.0, ge=0, description="how much the reward counts")
-    reward: plug(scored.Reward) = Field(description="the reward")  # type: ignore[valid-type]
+    reward: Plugged[scored.Reward] = Field(description="the reward")
 
     @property
     def on(self) -> bool:
@@ -95,7 +95,7 @@ class Clamped(Term):
 
     weight: float = Field(0.1, ge=0, description="how much it counts")
     threshold: float = Field(0.37, description="the reward from which nothing is asked any more")
-    reward: plug(scored.Reward) = Field(description="the reward")  # type: ignore[valid-type]
+    reward: Plugged[scored.Reward] = Field(description="the reward")
 
     @property
     def on(self) -> bool:

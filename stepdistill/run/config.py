@@ -9,7 +9,7 @@ import types
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, takewhile
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -56,6 +56,16 @@ def find(name: str) -> Path:
     near = difflib.get_close_matches(path.stem, known, 1)
     hint = f"; did you mean {near[0]}?" if near else f"; installed are {', '.join(known)}"
     raise UserError(f"config {name}: no such file{hint}")
+
+
+def about() -> dict[str, str]:
+    """The installed configs by name, each with the comment that its file begins with."""
+    found = {}
+    for path in sorted(CONFIGS.glob("*.yaml")):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        comment = takewhile(lambda line: line.startswith("#"), lines)
+        found[path.stem] = " ".join(line.lstrip("# ") for line in comment)
+    return found
 
 
 def read(name: str, overrides: Sequence[str] = ()) -> Raw:
@@ -109,6 +119,16 @@ def digest(model: BaseModel) -> str:
     """Short hash of a resolved config."""
     text = json.dumps(model.model_dump(mode="json"), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def differences(old: Any, new: Any, key: str) -> Iterator[str]:
+    """The keys at and below ``key`` in which two resolved configs differ, with both values."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in old | new:
+            if old.get(name) != new.get(name):
+                yield from differences(old.get(name), new.get(name), f"{key}.{name}")
+    else:
+        yield f"{key}={json.dumps(old)} (here {json.dumps(new)})"
 
 
 def _read_file(path: Path, seen: tuple[Path, ...]) -> Raw:
@@ -187,11 +207,15 @@ def _explain(problem: Any, raw: Raw, model: type[BaseModel]) -> str:
         known = list(dict.fromkeys(name for m in sections for name in m.model_fields))
         near = difflib.get_close_matches(parts[-1], known, 1, cutoff=0.5)
         prefix = f"{key.rpartition('.')[0]}." if "." in key else ""
-        hint = f"did you mean {prefix}{near[0]}?" if near else f"known are {', '.join(known)}"
+        below = dict.fromkeys(deep for m in sections for deep in _below(m, parts[-1]))
+        nearest = " or ".join(f"{prefix}{name}" for name in list(below) or near)
+        hint = f"did you mean {nearest}?" if nearest else f"known are {', '.join(known)}"
         return f"{raw.place(key)}: unknown key {key}; {hint}"
     if problem["type"] == "missing":
         return f"{raw.place(key)}: the key {key} is missing"
     message = problem["msg"][0].lower() + problem["msg"][1:]
+    if problem["type"] in ("tuple_type", "list_type"):
+        message = "this key holds a list; write it in [ ]"
     return f"{raw.place(key)}: {key}={problem['input']!r}: {message}"
 
 
@@ -216,6 +240,14 @@ def _sections(model: Any, parts: Sequence[str]) -> list[Any]:
                 nested.append(m)
         models = nested or models
     return models
+
+
+def _below(model: type[BaseModel], name: str) -> Iterator[str]:
+    """The dotted keys in the sections of a model that end in ``name``."""
+    for key, info in model.model_fields.items():
+        for section in _models(info.annotation):
+            if name in section.model_fields:
+                yield f"{key}.{name}"
 
 
 def _models(annotation: Any) -> Iterator[Any]:

@@ -15,7 +15,7 @@ import inspect
 import re
 import sys
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -95,14 +95,20 @@ def made(base: type[P], value: Any) -> P:
     return plug
 
 
-def plug(base: type[P]) -> Any:
-    """The type of a config key that holds a plug-in of a family."""
-    return Annotated[
-        base,
-        BeforeValidator(lambda value: made(base, value)),
-        PlainSerializer(lambda value: value.named, return_type=dict),
-        _Schema(base),
-    ]
+if TYPE_CHECKING:
+    Plugged = Annotated[P, "a plug-in"]
+else:
+
+    class Plugged:
+        """``Plugged[Weight]`` is the type of a config key that holds a plug-in of that family."""
+
+        def __class_getitem__(cls, base: type[P]) -> Any:
+            return Annotated[
+                base,
+                BeforeValidator(lambda value: made(base, value)),
+                PlainSerializer(lambda value: value.named, return_type=dict),
+                _Schema(base),
+            ]
 
 
 class _Schema:
@@ -139,10 +145,16 @@ def _class(base: type[P], kind: str) -> type[P]:
 
 def _module(place: str) -> Any:
     """A module by its name, or a Python file by its path."""
+    path = Path(place)
+    if place.endswith(".py") and not path.is_file():
+        beside = [str(other) for other in sorted(path.parent.glob("*.py"))]
+        near = difflib.get_close_matches(place, beside, 1)
+        hint = f"did you mean {near[0]}?" if near else "give its path from where you are"
+        raise PydanticCustomError("plug", _plain(f"{place}: no such file; {hint}"))
     try:
         if not place.endswith(".py"):
             return importlib.import_module(place)
-        return _file(Path(place).resolve())
+        return _file(path.resolve())
     except Exception as error:
         text = f"{place}: cannot be imported: {type(error).__name__}: {error}"
         raise PydanticCustomError("plug", _plain(text)) from error

@@ -24,7 +24,7 @@ from stepdistill.losses.regression import mean_square
 from stepdistill.losses.reward import Brightness, Reward, rewards
 from stepdistill.oracles.mixture import Mixture
 from stepdistill.run.errors import UserError
-from stepdistill.run.plug import plug
+from stepdistill.run.plug import Plugged
 from stepdistill.run.ratios import sample_parts
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Loss, Pass, Trainer, Turn
@@ -50,7 +50,7 @@ class OldConfig(Section):
 class CRDConfig(TrainConfig):
     """Settings of ``crd``."""
 
-    reward: plug(Reward) = Field(  # type: ignore[valid-type]
+    reward: Plugged[Reward] = Field(
         default_factory=Brightness, description="what is to grow; it needs no gradient"
     )
     group_size: int = Field(8, ge=2, description="samples of one class, within which is centred")

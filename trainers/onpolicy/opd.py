@@ -24,7 +24,7 @@ from stepdistill.losses.regression import mean_square
 from stepdistill.losses.terms import Term, added, largest
 from stepdistill.run.assets import load_teacher
 from stepdistill.run.errors import UserError
-from stepdistill.run.plug import plug
+from stepdistill.run.plug import Plugged
 from stepdistill.run.ratios import sample_parts
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Loss, Pass, Trainer, Turn
@@ -58,7 +58,7 @@ class OPDConfig(TrainConfig):
         default_factory=dict,
         description="class (name or number): number of its teacher; classes not named have 0",
     )
-    terms: tuple[plug(Term), ...] = Field(  # type: ignore[valid-type]
+    terms: tuple[Plugged[Term], ...] = Field(
         (), description="what is added to the loss on the clean estimates, such as diversity"
     )
 

@@ -23,7 +23,7 @@ from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.losses.adversarial import AdversarialLoss, NonSaturating
 from stepdistill.losses.heads import Discriminator, HeadPlug, Tokens
 from stepdistill.run.errors import UserError
-from stepdistill.run.plug import plug
+from stepdistill.run.plug import Plugged
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Pass
 from stepdistill.trainers.score.opponent import label_rows
@@ -43,8 +43,8 @@ class AdversaryConfig(Section):
     taps: tuple[str, ...] = Field(
         (), description="modules whose outputs are the features; empty: half way through"
     )
-    head: plug(HeadPlug) = Field(default_factory=Tokens, description="the head on each feature")  # type: ignore[valid-type]
-    loss: plug(AdversarialLoss) = Field(  # type: ignore[valid-type]
+    head: Plugged[HeadPlug] = Field(default_factory=Tokens, description="the head on each feature")
+    loss: Plugged[AdversarialLoss] = Field(
         default_factory=NonSaturating, description="what its logits cost both sides"
     )
     student: float = Field(3e-3, ge=0, description="weight in the student's loss, for each entry")

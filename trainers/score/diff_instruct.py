@@ -12,7 +12,7 @@ from pydantic import Field
 
 from stepdistill.diffusion.timesteps import Density, LogitNormal
 from stepdistill.losses.gap import Weight
-from stepdistill.run.plug import plug
+from stepdistill.run.plug import Plugged
 from stepdistill.trainers.fixed_point import Proof
 from stepdistill.trainers.score.matching import Matching, MatchingConfig
 from stepdistill.trainers.score.rollout import GridConfig, GridTrainer
@@ -21,7 +21,7 @@ from stepdistill.trainers.score.rollout import GridConfig, GridTrainer
 class DiffInstructConfig(GridConfig, MatchingConfig):
     """Settings of ``diff_instruct``; its two laws of noise levels are EDM's, as its code has."""
 
-    weights: tuple[plug(Weight), ...] = Field(  # type: ignore[valid-type]
+    weights: tuple[Plugged[Weight], ...] = Field(
         (), description="factors of the direction, multiplied; none: the bare gap"
     )
     student_t: Density = Field(

@@ -18,7 +18,7 @@ from stepdistill.diffusion.process import expand
 from stepdistill.diffusion.sampler import full
 from stepdistill.losses.distance import L2, Distance
 from stepdistill.run.errors import UserError
-from stepdistill.run.plug import plug
+from stepdistill.run.plug import Plugged
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Loss, Pass
 from stepdistill.trainers.fixed_point import Proof
@@ -31,7 +31,7 @@ class RegressionConfig(Section):
     """DMD's regression on pairs of noise and the teacher's image of it."""
 
     weight: float = Field(0.25, gt=0, description="weight beside the matching")
-    metric: plug(Distance) = Field(  # type: ignore[valid-type]
+    metric: Plugged[Distance] = Field(
         default_factory=L2, description="distance of the student's image to the pair's"
     )
     pairs: PairsConfig = Field(default_factory=PairsConfig, description="noise and its images")
@@ -108,7 +108,7 @@ class DMDTrainer(Matching, GridTrainer):
                 "adversary: a batch holds data or pairs, not both; set adversary=null or "
                 "regression=null"
             )
-        self.needs = "pairs"  # type: ignore[misc]
+        self.needs = "pairs"
 
     def student_loss(self, batch: Batch, rng: Rng) -> Loss:
         """The matching and, on top, the regression on the batch's pairs."""

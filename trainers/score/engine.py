@@ -29,7 +29,7 @@ from stepdistill.losses.guides import Guide, Teacher
 from stepdistill.losses.terms import Term, added, largest
 from stepdistill.run.errors import UserError
 from stepdistill.run.player import Beta, OptimConfig
-from stepdistill.run.plug import plug
+from stepdistill.run.plug import Plugged
 from stepdistill.run.ratios import gap_parts, sample_parts
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Loss, Pass, Trainer, Turn
@@ -72,7 +72,7 @@ class ScoreConfig(TrainConfig):
     critic_drop: float | None = Field(
         None, ge=0, lt=1, description="share of labels it trains without; null: 0.1 if guided"
     )
-    guide: plug(Guide) = Field(  # type: ignore[valid-type]
+    guide: Plugged[Guide] = Field(
         default_factory=Teacher, description="how teacher and fake score are guided"
     )
     recompute: bool = Field(
@@ -83,7 +83,7 @@ class ScoreConfig(TrainConfig):
     adversary: AdversaryConfig | None = Field(
         None, description="an adversarial head beside the scores, which needs data; null: none"
     )
-    terms: tuple[plug(Term), ...] = Field(  # type: ignore[valid-type]
+    terms: tuple[Plugged[Term], ...] = Field(
         (), description="what is added to the student's loss on its clean samples, such as a reward"
     )
 
@@ -159,7 +159,7 @@ class ScoreTrainer(Trainer):
         total = self.length - c.critic_first
         self.add_player("student", self.initial, c.optim, ema=True, total=total)
         if c.adversary is not None:
-            self.needs = "data"  # type: ignore[misc]
+            self.needs = "data"
             self.adversary = Adversary(c.adversary, self.teacher, self.initial, c.seed)
         self.add_player(
             "critic",

@@ -16,7 +16,7 @@ from stepdistill.diffusion.process import expand
 from stepdistill.losses.divergence import Divergence, JensenShannon
 from stepdistill.losses.gap import Seen
 from stepdistill.run.errors import UserError
-from stepdistill.run.plug import plug
+from stepdistill.run.plug import Plugged
 from stepdistill.trainers.fixed_point import Proof
 from stepdistill.trainers.score.adversary import RatioConfig, check_ratio
 from stepdistill.trainers.score.dmd2 import DMD2Config
@@ -27,7 +27,7 @@ from stepdistill.trainers.score.rollout import GridTrainer
 class FDistillConfig(DMD2Config, RatioConfig):
     """Settings of ``f_distill``."""
 
-    divergence: plug(Divergence) = Field(  # type: ignore[valid-type]
+    divergence: Plugged[Divergence] = Field(
         default_factory=JensenShannon, description="the f-divergence"
     )
 

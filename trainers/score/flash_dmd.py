@@ -20,7 +20,7 @@ from stepdistill.losses.adversarial import AdversarialLoss, NonSaturating
 from stepdistill.losses.preference import preference_loss
 from stepdistill.losses.reward import Reward, rewards
 from stepdistill.run.errors import UserError
-from stepdistill.run.plug import plug
+from stepdistill.run.plug import Plugged
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Loss, Pass, Turn
 from stepdistill.trainers.fixed_point import FixedPoint, Proof
@@ -34,7 +34,7 @@ from stepdistill.trainers.settings import Section
 class PreferenceConfig(Section):
     """Preferences among the continuations of a noisy state."""
 
-    reward: plug(Reward) = Field(description="what says which clean estimate is better")  # type: ignore[valid-type]
+    reward: Plugged[Reward] = Field(description="what says which clean estimate is better")
     candidates: int = Field(4, ge=2, description="continuations of one state")
     beta: float = Field(1.0, gt=0, description="how sharply a preference counts")
     weight: float = Field(1.0, gt=0, description="weight of its loss")
@@ -45,7 +45,7 @@ class PreferenceConfig(Section):
 class FlashOpponent(PictureConfig):
     """The discriminator of ``flash_dmd``."""
 
-    loss: plug(AdversarialLoss) = Field(  # type: ignore[valid-type]
+    loss: Plugged[AdversarialLoss] = Field(
         default_factory=NonSaturating,
         description="what its logits cost both sides, added over the heads",
     )

@@ -17,7 +17,7 @@ from stepdistill.data.batch import Batch
 from stepdistill.diffusion.sampler import full
 from stepdistill.losses.adversarial import AdversarialLoss, NonSaturating
 from stepdistill.run.errors import UserError
-from stepdistill.run.plug import plug
+from stepdistill.run.plug import Plugged
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.fixed_point import FixedPoint, Proof
 from stepdistill.trainers.score.opponent import PictureConfig, PictureOpponent
@@ -27,7 +27,7 @@ from stepdistill.trainers.score.opposing import OpposingConfig, OpposingTrainer
 class ProjectedConfig(PictureConfig):
     """A discriminator on randomly projected features, as of Projected GANs."""
 
-    loss: plug(AdversarialLoss) = Field(  # type: ignore[valid-type]
+    loss: Plugged[AdversarialLoss] = Field(
         default_factory=NonSaturating, description="what its logits cost both sides"
     )
     project: int | None = Field(

@@ -17,7 +17,7 @@ from torch import Tensor
 from stepdistill.data.batch import Batch
 from stepdistill.losses.gap import Seen, Weight, product
 from stepdistill.run.errors import UserError
-from stepdistill.run.plug import plug
+from stepdistill.run.plug import Plugged
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Loss, Pass
 from stepdistill.trainers.score.adversary import ratio
@@ -27,7 +27,7 @@ from stepdistill.trainers.score.engine import Sample, ScoreConfig, ScoreTrainer
 class ImplicitConfig(ScoreConfig):
     """Settings of implicit-score methods."""
 
-    weights: tuple[plug(Weight), ...] = Field(  # type: ignore[valid-type]
+    weights: tuple[Plugged[Weight], ...] = Field(
         (), description="factors of each sample's loss, multiplied and held constant; none: 1"
     )
 

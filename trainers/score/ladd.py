@@ -140,7 +140,7 @@ class LADDTrainer(LevelsTrainer):
     def setup(self) -> None:
         """See :meth:`OpposingTrainer.setup`; guidance is for the teacher's own samples."""
         if self.config.pairs is not None:
-            self.needs, self.asks = "pairs", True  # type: ignore[misc]
+            self.needs, self.asks = "pairs", True
         super().setup()
 
     def opposed(self) -> TeacherOpponent:

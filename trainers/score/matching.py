@@ -14,7 +14,7 @@ from stepdistill.data.batch import Batch
 from stepdistill.losses.gap import MeanAbs, Seen, Weight, product
 from stepdistill.losses.regression import pull
 from stepdistill.losses.transport import Plain, Transport
-from stepdistill.run.plug import plug
+from stepdistill.run.plug import Plugged
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Loss
 from stepdistill.trainers.score.adversary import ratio
@@ -24,10 +24,10 @@ from stepdistill.trainers.score.engine import Sample, ScoreConfig, ScoreTrainer
 class MatchingConfig(ScoreConfig):
     """Settings of distribution matching."""
 
-    weights: tuple[plug(Weight), ...] = Field(  # type: ignore[valid-type]
+    weights: tuple[Plugged[Weight], ...] = Field(
         (MeanAbs(),), description="factors of the direction, multiplied"
     )
-    transport: plug(Transport) = Field(  # type: ignore[valid-type]
+    transport: Plugged[Transport] = Field(
         default_factory=Plain, description="from the two clean estimates to a direction"
     )
 

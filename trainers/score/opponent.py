@@ -19,7 +19,7 @@ from stepdistill.losses.adversarial import AdversarialLoss, Hinge
 from stepdistill.losses.features import ImageFeatures, Projected, RandomConv, widths
 from stepdistill.losses.heads import Discriminator, HeadPlug, Tokens
 from stepdistill.run.player import Beta, OptimConfig
-from stepdistill.run.plug import plug
+from stepdistill.run.plug import Plugged
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.settings import Section
 
@@ -34,8 +34,8 @@ class DiscriminatorOptim(OptimConfig):
 class OpponentConfig(Section):
     """A discriminator that is a player of its own."""
 
-    head: plug(HeadPlug) = Field(default_factory=Tokens, description="the head on each feature")  # type: ignore[valid-type]
-    loss: plug(AdversarialLoss) = Field(  # type: ignore[valid-type]
+    head: Plugged[HeadPlug] = Field(default_factory=Tokens, description="the head on each feature")
+    loss: Plugged[AdversarialLoss] = Field(
         default_factory=Hinge, description="what its logits cost both sides, added over the heads"
     )
     student: float = Field(1.0, ge=0, description="weight in the student's loss")
@@ -46,7 +46,7 @@ class OpponentConfig(Section):
 class PictureConfig(OpponentConfig):
     """A discriminator on frozen features of the pictures themselves."""
 
-    features: plug(ImageFeatures) = Field(  # type: ignore[valid-type]
+    features: Plugged[ImageFeatures] = Field(
         default_factory=RandomConv, description="the frozen network on pictures in [-1, 1]"
     )
     project: int | None = Field(

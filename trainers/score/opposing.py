@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -50,7 +50,7 @@ class OpposingTrainer(Trainer):
 
     config: OpposingConfig
     opponent: Opponent
-    needs: ClassVar[Literal["labels", "data", "pairs"]] = "data"
+    needs: Literal["labels", "data", "pairs"] = "data"
     clips = True
     asks = False  # whether the teacher is asked at all, which guidance needs
     made: Tensor | None = None

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stepdistill.losses.gap import MeanAbs, Seen, Weight
 from stepdistill.losses.implicit import sid_loss
-from stepdistill.run.plug import plug
+from stepdistill.run.plug import Plugged
 from stepdistill.trainers.fixed_point import Proof
 from stepdistill.trainers.score.implicit import Implicit, ImplicitConfig
 from stepdistill.trainers.score.rollout import GridConfig, GridTrainer
@@ -25,7 +25,7 @@ class SiDConfig(GridConfig, ImplicitConfig):
     alpha: float = Field(
         1.2, ge=0, description="1: SIM's gradient; 0.5: the exact one; above 1: past the lag"
     )
-    weights: tuple[plug(Weight), ...] = Field(  # type: ignore[valid-type]
+    weights: tuple[Plugged[Weight], ...] = Field(
         (MeanAbs(floor=1e-5),),
         description="factors of each sample's loss, multiplied and held constant; none: 1",
     )

@@ -14,7 +14,7 @@ from torch import Tensor
 from stepdistill.losses.gap import Seen
 from stepdistill.losses.heads import ChannelMean, HeadPlug
 from stepdistill.run.errors import UserError
-from stepdistill.run.plug import plug
+from stepdistill.run.plug import Plugged
 from stepdistill.trainers.fixed_point import Proof
 from stepdistill.trainers.score.adversary import AdversaryConfig
 from stepdistill.trainers.score.sid import SiDConfig, SiDTrainer
@@ -23,7 +23,7 @@ from stepdistill.trainers.score.sid import SiDConfig, SiDTrainer
 class SiDAAdversary(AdversaryConfig):
     """The adversarial head of ``sida``."""
 
-    head: plug(HeadPlug) = Field(  # type: ignore[valid-type]
+    head: Plugged[HeadPlug] = Field(
         default_factory=ChannelMean, description="the head on each feature"
     )
     student: float = Field(1e-4, ge=0, description="weight in the student's loss, for each entry")

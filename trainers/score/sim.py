@@ -14,7 +14,7 @@ from torch import Tensor
 from stepdistill.losses.distance import Distance, PseudoHuber
 from stepdistill.losses.gap import Seen
 from stepdistill.losses.implicit import Form, Space, sim_loss
-from stepdistill.run.plug import plug
+from stepdistill.run.plug import Plugged
 from stepdistill.trainers.fixed_point import Proof
 from stepdistill.trainers.score.implicit import Implicit, ImplicitConfig
 from stepdistill.trainers.score.rollout import GridConfig, GridTrainer
@@ -25,7 +25,7 @@ SMOOTH = {"distance": {"kind": "pseudo_huber", "scale": 0.5}}
 class SIMConfig(GridConfig, ImplicitConfig):
     """Settings of ``sim``."""
 
-    distance: plug(Distance) = Field(  # type: ignore[valid-type]
+    distance: Plugged[Distance] = Field(
         default_factory=PseudoHuber, description="distance between the two scores"
     )
     space: Space = Field("x0", description="where the scores are compared")

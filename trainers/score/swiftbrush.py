@@ -15,7 +15,7 @@ from pydantic import Field
 from stepdistill.diffusion.timesteps import Density, Uniform
 from stepdistill.losses.gap import Vsd, Weight
 from stepdistill.losses.guides import Both, Guide
-from stepdistill.run.plug import plug
+from stepdistill.run.plug import Plugged
 from stepdistill.trainers.fixed_point import Proof
 from stepdistill.trainers.score.matching import Matching, MatchingConfig
 from stepdistill.trainers.score.rollout import GridConfig, GridTrainer
@@ -24,10 +24,10 @@ from stepdistill.trainers.score.rollout import GridConfig, GridTrainer
 class SwiftBrushConfig(GridConfig, MatchingConfig):
     """Settings of ``swiftbrush``."""
 
-    weights: tuple[plug(Weight), ...] = Field(  # type: ignore[valid-type]
+    weights: tuple[Plugged[Weight], ...] = Field(
         (Vsd(),), description="factors of the direction, multiplied"
     )
-    guide: plug(Guide) = Field(  # type: ignore[valid-type]
+    guide: Plugged[Guide] = Field(
         default_factory=Both, description="how teacher and fake score are guided"
     )
     critic_t: Density = Field(

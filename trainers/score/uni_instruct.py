@@ -16,7 +16,7 @@ from stepdistill.losses.divergence import Divergence, ForwardKl, ReverseKl
 from stepdistill.losses.gap import MeanAbs, Seen, Weight
 from stepdistill.losses.implicit import Ratio, uni_loss
 from stepdistill.run.errors import UserError
-from stepdistill.run.plug import plug
+from stepdistill.run.plug import Plugged
 from stepdistill.trainers.fixed_point import Proof
 from stepdistill.trainers.score.adversary import AdversaryConfig, RatioConfig, check_ratio
 from stepdistill.trainers.score.implicit import Implicit, ImplicitConfig
@@ -34,13 +34,13 @@ class UniAdversary(AdversaryConfig):
 class UniInstructConfig(GridConfig, ImplicitConfig, RatioConfig):
     """Settings of ``uni_instruct``."""
 
-    divergence: plug(Divergence) = Field(  # type: ignore[valid-type]
+    divergence: Plugged[Divergence] = Field(
         default_factory=ForwardKl, description="the f-divergence"
     )
     ratio: Ratio = Field(
         "exact", description="exact: the gradient goes through the ratio too; stopped: it is held"
     )
-    weights: tuple[plug(Weight), ...] = Field(  # type: ignore[valid-type]
+    weights: tuple[Plugged[Weight], ...] = Field(
         (MeanAbs(floor=1e-5),),
         description="factors of each sample's loss, multiplied and held constant; none: 1",
     )

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from stepdistill.losses.adversarial import AdversarialLoss, Relativistic
 from stepdistill.losses.transport import Entropic, Transport
-from stepdistill.run.plug import plug
+from stepdistill.run.plug import Plugged
 from stepdistill.trainers.fixed_point import Proof
 from stepdistill.trainers.score.adversary import AdversaryConfig
 from stepdistill.trainers.score.matching import Matching, MatchingConfig
@@ -22,7 +22,7 @@ from stepdistill.trainers.score.rollout import GridConfig, GridTrainer
 class VDOTAdversary(AdversaryConfig):
     """The adversarial head of ``vdot``."""
 
-    loss: plug(AdversarialLoss) = Field(  # type: ignore[valid-type]
+    loss: Plugged[AdversarialLoss] = Field(
         default_factory=Relativistic, description="what its logits cost both sides"
     )
 
@@ -30,7 +30,7 @@ class VDOTAdversary(AdversaryConfig):
 class VDOTConfig(GridConfig, MatchingConfig):
     """Settings of ``vdot``."""
 
-    transport: plug(Transport) = Field(  # type: ignore[valid-type]
+    transport: Plugged[Transport] = Field(
         default_factory=lambda: Entropic(lam=1.0),
         description="from the two clean estimates to a direction",
     )

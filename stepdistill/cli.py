@@ -248,6 +248,9 @@ def bench_students(
         Path | None, typer.Option(help="plans and figures so far; OUT/record.json if left out")
     ] = None,
     markdown: Annotated[Path | None, typer.Option(help="put the table into this file")] = None,
+    recorded: Annotated[
+        bool, typer.Option("--recorded", help="train nothing: the table of what is recorded")
+    ] = False,
 ) -> None:
     """Distil the digits teacher by every method on one budget; what is recorded is kept."""
     from stepdistill.commands.students import students
@@ -261,6 +264,7 @@ def bench_students(
         num=num,
         record=record,
         markdown=markdown,
+        recorded=recorded,
     )
 
 

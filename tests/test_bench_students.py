@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,21 @@ def test_a_run_has_the_steps_of_its_plan_and_is_not_made_again(bench, tmp_path) 
         path.unlink()
     assert made(tmp_path).rows(entries) == rows  # read from the file
     assert not list((tmp_path / "calls").iterdir())
+
+
+def test_what_is_recorded_is_told_without_training(bench, tmp_path) -> None:
+    (entry,) = entries_of(["sim-digits"], 1, "0")
+    bench.rows([entry])
+    again = made(tmp_path)
+    assert again.holds(entry)
+    assert not again.holds(replace(entry, seed=1))
+    assert not again.holds(replace(entry, settings="other"))
+    asked = {"names": ["sim-digits"], "seconds": 10, "seeds": "0,1", "num": 100}
+    asked |= {"record": tmp_path / "record.json", "markdown": tmp_path / "B.md", "recorded": True}
+    assert [row.fd for row in students.students(tmp_path / "out", steps=1, **asked)] == [0.5]
+    assert len(list((tmp_path / "calls").iterdir())) == 1
+    with pytest.raises(UserError, match="record.json holds no student of these in 2 steps"):
+        students.students(tmp_path / "out", steps=2, **asked)
 
 
 def test_changed_settings_are_trained_anew_and_said(bench, tmp_path, capsys) -> None:

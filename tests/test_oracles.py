@@ -600,7 +600,7 @@ def test_a_file_is_read(tmp_path: Path) -> None:
         ("stds: [0.3, 0]", "stds: [0.3]", ":4: stds has length 1, means has 2"),
         ("stds: [0.3, 0]", "stds: [0.3, -1]", ":4: stds.1=-1: input should be greater than or"),
         ("stds: [0.3, 0]", "stds: [0.3, .nan]", ":4: stds.1=nan"),
-        ("stds: [0.3, 0]", "stds: 0.3", ":4: stds=0.3: input should be a valid list"),
+        ("stds: [0.3, 0]", "stds: 0.3", ":4: stds=0.3: this key holds a list; write it in [ ]"),
         ("means: [-1, 1.5]", "means: [-1, [1, 2]]", ":3: means.1 has length 2, means.0 has 1"),
         ("means: [-1, 1.5]", "means: [-1, []]", ":3: means.1=[]: value should have at least 1"),
         ("means: [-1, 1.5]", "means: [-1, far]", ":3: means.1.0='far': input should be a valid"),

@@ -146,7 +146,11 @@ class TrainConfig(Section):
     health: HealthConfig = Field(default_factory=HealthConfig, description="divergence, warnings")
     resume: str = Field("never", description="never, auto, or the path of a checkpoint")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of the networks' passes")
-    compile: bool = Field(False, description="run networks in training through torch.compile")
+    compile: bool = Field(
+        False,
+        description="run networks in training through torch.compile, but for one whose features a "
+        "head reads",
+    )
     xformers: bool = Field(False, description="xformers attention (CUDA only)")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="where to train")
 

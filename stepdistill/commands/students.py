@@ -119,6 +119,7 @@ def students(
     num: int,
     record: Path | None,
     markdown: Path | None,
+    recorded: bool = False,
 ) -> list[Row]:
     """Train, export and evaluate; print the table.
 
@@ -131,15 +132,21 @@ def students(
         num: samples of each evaluation.
         record: file of plans and figures; ``out``/record.json if none.
         markdown: a file whose section for this number of steps is replaced or added.
+        recorded: train nothing, and tell what the record holds.
 
     Raises:
-        UserError: no such config, one whose student cannot have so many steps, or a record of
-            another budget.
+        UserError: no such config, one whose student cannot have so many steps, a record of
+            another budget, or one that holds none of these where it is to hold them.
         CheckFailed: a training ended with an error; its own line tells why.
     """
     entries = entries_of(names, steps, seeds)
     reference = open_reference("digits", None, METRICS, "cpu")
-    rows = Bench(out, record or out / "record.json", reference, seconds, num).rows(entries)
+    bench = Bench(out, record or out / "record.json", reference, seconds, num)
+    if recorded:
+        entries = [entry for entry in entries if bench.holds(entry)]
+    if not entries:
+        raise UserError(f"--recorded: {bench.file} holds no student of these in {steps} steps")
+    rows = bench.rows(entries)
     teacher = teacher_rows(reference, num)
     guided = {e.method for e in entries if read_config(e.config, e.keys)[1].guided}
     table = section(rows, teacher, steps=steps, seconds=seconds, num=num, guided=guided)
@@ -185,6 +192,11 @@ class Bench:
             if failed:
                 raise CheckFailed(f"training did not finish: {', '.join(failed)}")
         return [self.record.figures[entry.name].row for entry in entries]
+
+    def holds(self, entry: Entry) -> bool:
+        """Whether the record has figures of an entry as it is set now."""
+        found = self.record.figures.get(entry.name)
+        return found is not None and found.settings == entry.settings
 
     def forget(self, entries: Sequence[Entry]) -> None:
         """Drop what was recorded of other settings than an entry's, and say so."""

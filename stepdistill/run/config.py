@@ -205,10 +205,10 @@ def _explain(problem: Any, raw: Raw, model: type[BaseModel]) -> str:
     if problem["type"] == "extra_forbidden":
         sections = _sections(model, parts[:-1])
         known = list(dict.fromkeys(name for m in sections for name in m.model_fields))
-        near = difflib.get_close_matches(parts[-1], known, 1, cutoff=0.5)
         prefix = f"{key.rpartition('.')[0]}." if "." in key else ""
         below = dict.fromkeys(deep for m in sections for deep in _below(m, parts[-1]))
-        nearest = " or ".join(f"{prefix}{name}" for name in list(below) or near)
+        slip, far = (difflib.get_close_matches(parts[-1], known, 1, cut) for cut in (0.8, 0.5))
+        nearest = " or ".join(f"{prefix}{name}" for name in slip or list(below) or far)
         hint = f"did you mean {nearest}?" if nearest else f"known are {', '.join(known)}"
         return f"{raw.place(key)}: unknown key {key}; {hint}"
     if problem["type"] == "missing":

@@ -124,7 +124,7 @@ def one_thread() -> Iterator[None]:
 def _tell(outcome: Outcome, done: int, count: int) -> None:
     """A line as soon as a case is through."""
     case, held = outcome.case, len(outcome.rows) - len(outcome.short)
-    line = f"[{done}/{count}] {case.method} ({case.setting}) on {case.teacher}: {held} of "
+    line = f"[{done}/{count}] {case}: {held} of "
     line += f"{len(outcome.rows)} figures hold, {outcome.steps} steps in {outcome.seconds:.0f} s"
     print(line, file=sys.stderr, flush=True)
     for note in outcome.notes:
@@ -169,20 +169,19 @@ def _verdict(outcomes: Sequence[Outcome]) -> None:
     Raises:
         CheckFailed: naming the cases; a line before it tells each figure that falls short.
     """
-    short = [row for one in outcomes for row in one.short]
     if not any(one.rows for one in outcomes):
         raise CheckFailed("prove: nothing could be judged")
-    if not short:
+    if not any(one.short for one in outcomes):
         print(f"prove: all {sum(len(one.rows) for one in outcomes)} figures hold")
         return
-    for row in short:
-        steps = "" if row.student_steps is None else f" at {row.student_steps} steps"
-        print(
-            f"prove: {row.method} ({row.setting}) on {row.teacher}{steps}: {row.quantity} is "
-            f"{figure(row.measured)}, expected {figure(row.expected)} within "
-            f"{figure(row.tolerance)}",
-            file=sys.stderr,
-        )
-    cases = dict.fromkeys(f"{row.method} ({row.setting}) on {row.teacher}" for row in short)
+    for one in outcomes:
+        for row in one.short:
+            steps = "" if row.student_steps is None else f" at {row.student_steps} steps"
+            print(
+                f"prove: {one.case}{steps}: {row.quantity} is {figure(row.measured)}, expected "
+                f"{figure(row.expected)} within {figure(row.tolerance)}",
+                file=sys.stderr,
+            )
+    cases = [str(one.case) for one in outcomes if one.short]
     said = headline([row for one in outcomes for row in one.rows])
     raise CheckFailed(f"prove: {said}: {', '.join(cases)}")

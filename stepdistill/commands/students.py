@@ -144,8 +144,8 @@ def students(
     bench = Bench(out, record or out / "record.json", reference, seconds, num)
     if recorded:
         entries = [entry for entry in entries if bench.holds(entry)]
-    if not entries:
-        raise UserError(f"--recorded: {bench.file} holds no student of these in {steps} steps")
+        if not entries:
+            raise UserError(f"--recorded: {bench.file} holds no student of these in {steps} steps")
     rows = bench.rows(entries)
     teacher = teacher_rows(reference, num)
     guided = {e.method for e in entries if read_config(e.config, e.keys)[1].guided}

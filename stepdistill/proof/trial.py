@@ -65,6 +65,10 @@ class Case:
     setting: str
     teacher: str
 
+    def __str__(self) -> str:
+        """In words."""
+        return f"{self.method} ({self.setting}) on {self.teacher}"
+
 
 @dataclass
 class Trial:

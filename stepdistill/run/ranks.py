@@ -11,7 +11,6 @@ from inspect import signature
 from typing import Any, Literal
 
 import torch
-import torch.distributed.nn.functional  # else compiled code does, and holds the group for ever
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env
@@ -20,6 +19,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from stepdistill.run.errors import UserError
 from stepdistill.run.player import Player
+
+if torch.distributed.is_available():  # imported later, its default arguments hold the group
+    import torch.distributed.nn.functional
 
 # Training changes no buffers of these networks; newer torch has another name for saying so.
 _KNOWN = signature(DistributedDataParallel).parameters
@@ -138,8 +140,9 @@ class Processes:
         """
         for player in self._wrapped:
             player.wrapper = None
+        if self._wrapped:
+            gc.collect()  # wrappers are in circles
         self._wrapped.clear()
-        gc.collect()  # wrappers are in circles
         self.accelerator.end_training()
         AcceleratorState._reset_state(reset_partial_state=True)
 

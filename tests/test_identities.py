@@ -15,7 +15,10 @@ from stepdistill.diffusion.timesteps import (
     Uniform,
     UShaped,
     flow_to_process,
+    grid_between,
+    raised,
     regular_start,
+    share_below,
     uniform_grid,
 )
 from tests.helpers import hermite, karras_grid, processes, scaled_linear, start_scale
@@ -320,3 +323,32 @@ def test_coefs_keep_the_dtype_of_the_time(process) -> None:
     for dtype in (torch.float32, torch.float64):
         c: Coefs = process.coefs(torch.full((2,), 0.5, dtype=dtype))
         assert {part.dtype for part in vars(c).values()} == {dtype}
+
+
+def test_progress_is_the_inverse_of_the_warp(process) -> None:
+    u = torch.linspace(0, 1, 33, dtype=torch.float64)
+    close(process.unwarp(process.warp(u)), u)
+    k = RF(shift=7.0)
+    close(k.unwarp(k.warp(u)), u)
+
+
+def test_grids_of_phases_join_to_the_grid_of_the_whole(process) -> None:
+    """Where their border is on it: steps are even in progress, whatever the process's shift."""
+    for kind in (process, RF(shift=7.0)):
+        whole = uniform_grid(kind, 6)
+        parts = [grid_between(*ends, 3, kind) for ends in (whole[:4:3], whole[3::3])]
+        close(torch.tensor(parts[0][:-1] + parts[1]), torch.tensor(whole))
+        assert (parts[0][0], parts[0][-1], parts[1][-1]) == (whole[0], whole[3], 0.0)
+
+
+def test_raised_times_lie_above_a_level_evenly_in_progress(process) -> None:
+    top, low = uniform_grid(process, 4)[1:3]
+    share = torch.tensor([1e-6, 0.25, 0.5, 1.0], dtype=torch.float64)
+    t = raised(process.warp(0.75 * share), low, top, process)
+    close(process.unwarp(t), 0.5 + 0.25 * share, rtol=1e-9)
+
+
+def test_a_share_of_times_is_the_distribution_function() -> None:
+    below = share_below(lambda u: LogitNormal(mean=-1.0).sample(u, EDM()), math.exp(-0.5))
+    assert below == pytest.approx(float(torch.special.ndtr(torch.tensor(0.5).double())), abs=1e-9)
+    assert share_below(lambda u: Uniform(low=0.5).sample(u, RF()), 0.25) == 0

@@ -109,7 +109,8 @@ def test_a_guide_says_whose_law_the_student_rests_at(guide, leads) -> None:
     """The guided teacher's where the fake score is not guided alike, else the data's own."""
     assert guide.leads is leads
     for method in ("dmd", "swiftbrush", "sid"):
-        made = make(method, mlp_teacher(), guide=guide, guidance=2.0)
+        scale = 1.0 if guide.own_scale else 2.0
+        made = make(method, mlp_teacher(), guide=guide, guidance=scale)
         assert made.fixed_point.guided is leads
 
 

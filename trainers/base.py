@@ -22,7 +22,13 @@ from stepdistill.data.batch import Batch
 from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser, Experts
 from stepdistill.diffusion.sampler import NoiseSource, sample
-from stepdistill.diffusion.timesteps import Grid, regular_start, uniform_grid
+from stepdistill.diffusion.timesteps import (
+    Density,
+    Grid,
+    regular_start,
+    share_below,
+    uniform_grid,
+)
 from stepdistill.losses.regression import clip_through
 from stepdistill.run.errors import UserError
 from stepdistill.run.player import OptimConfig, Player
@@ -30,6 +36,8 @@ from stepdistill.run.rng import Rng
 from stepdistill.trainers.beginning import begin, recomputed, role_of
 from stepdistill.trainers.fixed_point import FixedPoint, Proof
 from stepdistill.trainers.settings import TrainConfig
+
+LEAST_SHARE = 1e-3  # of a density's times, that a student's start must leave
 
 
 @dataclass(frozen=True)
@@ -97,6 +105,7 @@ class Trainer(ABC):
     noise: NoiseSource = "predicted"
     sizes: tuple[int, ...] = (1,)
     group = 1  # neighbours in a batch whose drawn class is one and the same
+    kept: tuple[str, ...] = ()  # keys that a resumed run must not change, beside those of any
     clips: ClassVar[bool] = False
     shortens: ClassVar[bool] = True  # whether students reach the teacher's law in fewer steps
     proofs: ClassVar[Mapping[str, Proof]] = {}
@@ -134,6 +143,7 @@ class Trainer(ABC):
         self.teacher.requires_grad_(False)
         self.rank, self.world = rank, world
         self.players: dict[str, Player] = {}
+        self.shares: dict[Density, float] = {}
         self.wrap, self.autocast = wrap, autocast
         self.setup()
         share = config.batch_size // world
@@ -293,6 +303,23 @@ class Trainer(ABC):
     def shown(self, x: Tensor) -> Tensor:
         """A clean estimate as it is shown: clamped where the config says so."""
         return clip_through(x, self.config.clip) if self.config.clip else x
+
+    def drawn(self, density: Density, u: Tensor) -> Tensor:
+        """Times [B] from uniforms u [B]: a density's, of which those above ``top`` are left out.
+
+        Raises:
+            UserError: all of them are.
+        """
+        if self.top >= self.process.t_max:
+            return density.sample(u, self.process)
+        if density not in self.shares:
+            self.shares[density] = share_below(lambda u: density.sample(u, self.process), self.top)
+            if self.shares[density] < LEAST_SHARE:
+                raise UserError(
+                    f"start={self.start:g}: nothing noisier than the time {self.top:.3g} is "
+                    f"trained, and next to all times of {density!r} are; lower them or raise start"
+                )
+        return density.sample(u * self.shares[density], self.process).clamp_max(self.top)
 
     def z(self, batch: Batch, rng: Rng, stream: str = "z") -> Tensor:
         """Standard normal noise shaped like the batch's samples [B, C, *S]."""

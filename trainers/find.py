@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import ast
-import difflib
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stepdistill.run.errors import UserError
+from stepdistill.run.errors import UserError, hint
 
 if TYPE_CHECKING:
     from stepdistill.trainers.base import Trainer
@@ -51,9 +50,7 @@ def trainer(name: str) -> type[Trainer]:
     """
     known = {method.name: method for method in methods()}
     if name not in known:
-        near = difflib.get_close_matches(name, known, 1)
-        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
-        raise UserError(f"method {name!r} is unknown; {hint}")
+        raise UserError(f"method {name!r} is unknown; {hint(name, known)}")
     module = import_module(f"stepdistill.trainers.{known[name].family}.{name}")
     found: type[Trainer] = module.TRAINER
     return found

@@ -161,7 +161,8 @@ class Loop:
     def _restore(self, source: Path, *, own: bool, checked: bool) -> int:
         saved = checkpoint.load(source, checked=checked)
         old, new = saved.meta["config"], self.config.model_dump(mode="json")
-        changed = [k for k in new if k not in FREE_KEYS and old.get(k) != new[k]]
+        free = set(FREE_KEYS) - set(self.trainer.kept)
+        changed = [k for k in new if k not in free and old.get(k) != new[k]]
         tuned = [] if own else [k for k in changed if k in TUNED_KEYS]
         changed = [k for k in changed if k not in tuned]
         if changed:

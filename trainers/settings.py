@@ -148,8 +148,8 @@ class TrainConfig(Section):
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of the networks' passes")
     compile: bool = Field(
         False,
-        description="run networks in training through torch.compile, but for one whose features a "
-        "head reads",
+        description="run each trained network through torch.compile in its own updates, but for "
+        "one that carries a head",
     )
     xformers: bool = Field(False, description="xformers attention (CUDA only)")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="where to train")

@@ -43,7 +43,7 @@ class Entry:
     """One training of the benchmark.
 
     Args:
-        config: name of the config.
+        config: name of the config, or its file.
         steps: sampler steps of its student.
         seed: of the run.
         keys: overrides by which the config takes part.
@@ -61,7 +61,7 @@ class Entry:
     @property
     def plan(self) -> str:
         """Name of its plan."""
-        return f"{self.config}{'' if self.any_steps else f'-k{self.steps}'}"
+        return f"{Path(self.config).stem}{'' if self.any_steps else f'-k{self.steps}'}"
 
     @property
     def run(self) -> str:
@@ -71,12 +71,12 @@ class Entry:
     @property
     def method(self) -> str:
         """Name of its method in the table."""
-        return self.config.removesuffix("-digits")
+        return Path(self.config).stem.removesuffix("-digits")
 
     @property
     def name(self) -> str:
         """Name of its figures."""
-        return f"{self.config}-k{self.steps}-s{self.seed}"
+        return f"{Path(self.config).stem}-k{self.steps}-s{self.seed}"
 
 
 class Plan(BaseModel):

@@ -68,6 +68,10 @@ class Process(ABC):
         """Map uniform progress u in [0, 1] (1 = noise) to a time; linear unless overridden."""
         return u * self.t_max
 
+    def unwarp(self, t: Tensor) -> Tensor:
+        """The progress of a time: the inverse of :meth:`warp`."""
+        return t / self.t_max
+
     def network_time(self, t: Tensor) -> Tensor:
         """The number that networks of this process are told as their time."""
         return t
@@ -103,6 +107,10 @@ class RF(Process):
         """The resolution-dependent time shift of flow models."""
         return self.shift * u / (1 + (self.shift - 1) * u)
 
+    def unwarp(self, t: Tensor) -> Tensor:
+        """See :meth:`Process.unwarp`."""
+        return t / (self.shift - (self.shift - 1) * t)
+
 
 class EDM(Process):
     """Variance exploding: alpha = 1, sigma = t, t in [0.002, 80]."""
@@ -132,8 +140,16 @@ class EDM(Process):
 
     def warp(self, u: Tensor) -> Tensor:
         """The Karras spacing: linear in t^(1/rho) between t_min and t_max; 0 stays clean."""
-        low, high = self.t_min ** (1 / self.rho), self.t_max ** (1 / self.rho)
+        low, high = self._roots()
         return torch.where(u > 0, (low + u * (high - low)) ** self.rho, torch.zeros_like(u))
+
+    def unwarp(self, t: Tensor) -> Tensor:
+        """See :meth:`Process.unwarp`; times below the least are clean."""
+        low, high = self._roots()
+        return ((t ** (1 / self.rho) - low) / (high - low)).clamp_min(0)
+
+    def _roots(self) -> tuple[float, float]:
+        return self.t_min ** (1 / self.rho), self.t_max ** (1 / self.rho)
 
 
 class Trig(Process):

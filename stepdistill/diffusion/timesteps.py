@@ -7,6 +7,7 @@ randomness stays with the caller.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Annotated, Literal
 
 import torch
@@ -84,6 +85,32 @@ class UShaped(_Density):
 
 Density = Annotated[Uniform | LogitNormal | UShaped, Field(discriminator="kind")]
 """Any density, chosen in a config by its ``kind``."""
+
+
+def share_below(times: Callable[[Tensor], Tensor], bound: float) -> float:
+    """Share of times that are not above a bound, where ``times`` of uniforms [B] rise with them."""
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        half = (low + high) / 2
+        below = bool(times(torch.tensor([half], dtype=torch.float64)) <= bound)
+        low, high = (half, high) if below else (low, half)
+    return low
+
+
+def raised(t: Tensor, low: float, top: float, process: Process) -> Tensor:
+    """Times [B] of (0, top) moved into (low, top), evenly in progress."""
+    ends = torch.tensor([low, top], dtype=torch.float64)
+    bottom, whole = process.unwarp(ends).tolist()
+    u = bottom + process.unwarp(t) * ((whole - bottom) / whole)
+    return process.warp(u).clamp(low, top)
+
+
+def grid_between(high: float, low: float, steps: int, process: Process) -> Grid:
+    """``steps`` intervals of equal progress from one time to a lower one."""
+    ends = torch.tensor([high, low], dtype=torch.float64)
+    begin, end = process.unwarp(ends).tolist()
+    inside = torch.linspace(begin, end, steps + 1, dtype=torch.float64)[1:-1]
+    return (high, *process.warp(inside).tolist(), low)
 
 
 def uniform_grid(process: Process, steps: int, start: float = 1.0) -> Grid:

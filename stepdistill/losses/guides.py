@@ -23,9 +23,11 @@ class Guide(Plug):
     """A guidance policy.
 
     ``fakes`` tells whether the fake score is guided too; it then trains without a class at times.
+    ``own_scale`` tells that the config's key ``guidance`` plays no part.
     """
 
     fakes: ClassVar[bool] = False
+    own_scale: ClassVar[bool] = False
 
     def on(self, scale: float) -> bool:
         """Whether the teacher is guided, where ``scale`` is the config's key ``guidance``."""
@@ -76,8 +78,9 @@ class Spread(Guide):
     """Both alike, by a scale drawn for every sample (SNOOPI's PG-SB, Nguyen et al. 2024)."""
 
     fakes = True
+    own_scale = True
     low: float = Field(0.5, ge=0, description="least scale")
-    high: float = Field(4.0, ge=0, description="greatest scale")
+    high: float = Field(4.0, ge=0, validate_default=True, description="greatest scale")
 
     @field_validator("high")
     @classmethod
@@ -87,7 +90,7 @@ class Spread(Guide):
         return high
 
     def on(self, scale: float) -> bool:
-        """Always: the config's ``guidance`` plays no part."""
+        """Always."""
         return True
 
     def scales(self, scale: float, draw: Draw) -> tuple[Scale, Scale]:

@@ -45,7 +45,7 @@ class Entropic(Transport):
     debias: bool = Field(
         True, description="Sinkhorn divergence: equal estimates give 0 whatever the blur"
     )
-    lam: float = Field(0.0, ge=0, description="share of the plain difference that is added")
+    lam: float = Field(1.0, ge=0, description="share of the plain difference that is added")
 
     def __call__(self, fake: Tensor, real: Tensor) -> Tensor:
         """See :class:`Transport`."""

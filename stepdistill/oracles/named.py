@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from stepdistill.oracles.denoiser import Oracle
 from stepdistill.oracles.flow import Form, form
 from stepdistill.oracles.mixture import Mixture
 from stepdistill.run.config import Raw, read, validate
-from stepdistill.run.errors import UserError
+from stepdistill.run.errors import UserError, hint
 
 MOST_COMPONENTS = 100
 
@@ -154,9 +153,7 @@ def _from_file(name: str) -> tuple[Mixture, None, float]:
     if path.is_dir():
         raise UserError(f"teacher {name}: a folder; name a YAML file in it")
     if not path.is_file():
-        near = difflib.get_close_matches(name, BUILT_IN, 1)
-        hint = f"did you mean {near[0]}?" if near else f"built in are {', '.join(BUILT_IN)}"
-        raise UserError(f"teacher {name}: no such file; {hint}")
+        raise UserError(f"teacher {name}: no such file; {hint(name, BUILT_IN, 'built in are')}")
     try:
         raw = read(name)
     except UserError as error:  # what YAML says of a binary file has several lines

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from stepdistill.run.errors import UserError
+from stepdistill.run.errors import UserError, hint
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 if not CONFIGS.is_dir():  # a checkout whose links were lost
@@ -53,9 +53,7 @@ def find(name: str) -> Path:
     known = sorted(p.stem for p in CONFIGS.glob("*.yaml"))
     if path.stem in known and path.parent in (Path(), Path("configs")):
         return CONFIGS / f"{path.stem}.yaml"
-    near = difflib.get_close_matches(path.stem, known, 1)
-    hint = f"; did you mean {near[0]}?" if near else f"; installed are {', '.join(known)}"
-    raise UserError(f"config {name}: no such file{hint}")
+    raise UserError(f"config {name}: no such file; {hint(path.stem, known, 'installed are')}")
 
 
 def about() -> dict[str, str]:
@@ -209,8 +207,8 @@ def _explain(problem: Any, raw: Raw, model: type[BaseModel]) -> str:
         below = dict.fromkeys(deep for m in sections for deep in _below(m, parts[-1]))
         slip, far = (difflib.get_close_matches(parts[-1], known, 1, cut) for cut in (0.8, 0.5))
         nearest = " or ".join(f"{prefix}{name}" for name in slip or list(below) or far)
-        hint = f"did you mean {nearest}?" if nearest else f"known are {', '.join(known)}"
-        return f"{raw.place(key)}: unknown key {key}; {hint}"
+        mend = f"did you mean {nearest}?" if nearest else f"known are {', '.join(known)}"
+        return f"{raw.place(key)}: unknown key {key}; {mend}"
     if problem["type"] == "missing":
         return f"{raw.place(key)}: the key {key} is missing"
     message = problem["msg"][0].lower() + problem["msg"][1:]

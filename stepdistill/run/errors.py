@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import signal
+from collections.abc import Iterable
 
 
 class UserError(ValueError):
@@ -27,3 +29,16 @@ class Stopped(Exception):  # noqa: N818
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}; the state was saved")
         self.code = 128 + number
+
+
+def hint(name: str, known: Iterable[str], otherwise: str = "known are") -> str:
+    """The end of a line on a name that there is not: the known one nearest to it, or all of them.
+
+    Args:
+        name: what was written.
+        known: what could have been.
+        otherwise: what the list of all begins with.
+    """
+    names = list(known)
+    near = difflib.get_close_matches(name, names, 1)
+    return f"did you mean {near[0]}?" if near else f"{otherwise} {', '.join(names)}"

@@ -27,6 +27,8 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, PydanticCustomError
 
+from stepdistill.run.errors import hint
+
 
 class Plug(BaseModel):
     """A plug-in; its fields are the keys that stand beside ``kind``."""
@@ -128,9 +130,8 @@ def _class(base: type[P], kind: str) -> type[P]:
     if not colon:
         known = kinds(base)
         if kind not in known:
-            near = difflib.get_close_matches(kind, known, 1)
-            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
-            raise PydanticCustomError("plug", _plain(f"kind {kind} is unknown; {hint}"))
+            wrong = f"kind {kind} is unknown; {hint(kind, known)}"
+            raise PydanticCustomError("plug", _plain(wrong))
         return known[kind]
     found = getattr(_module(place), name, None)
     if not (isinstance(found, type) and issubclass(found, base)):
@@ -149,8 +150,8 @@ def _module(place: str) -> Any:
     if place.endswith(".py") and not path.is_file():
         beside = [str(other) for other in sorted(path.parent.glob("*.py"))]
         near = difflib.get_close_matches(place, beside, 1)
-        hint = f"did you mean {near[0]}?" if near else "give its path from where you are"
-        raise PydanticCustomError("plug", _plain(f"{place}: no such file; {hint}"))
+        mend = f"did you mean {near[0]}?" if near else "give its path from where you are"
+        raise PydanticCustomError("plug", _plain(f"{place}: no such file; {mend}"))
     try:
         if not place.endswith(".py"):
             return importlib.import_module(place)

@@ -94,8 +94,14 @@ class CRDTrainer(Trainer):
     }
 
     def setup(self) -> None:
-        """The student, and the older self."""
+        """The student, and the older self.
+
+        Raises:
+            UserError: guidance of a teacher that is not asked.
+        """
         c = self.config
+        if c.guided and not c.reference:
+            raise UserError("guidance: with reference=0 the teacher is not asked; set guidance=1")
         self.sizes, self.group = (c.student_steps,), c.group_size
         self.add_player("student", self.initial, c.optim, ema=True, total=c.steps)
         self.old = self.denoiser("student").twin("old")
@@ -141,19 +147,21 @@ class CRDTrainer(Trainer):
             if c.most_reward is not None:
                 told = told.clamp(-c.most_reward, c.most_reward)
         e = self.z(batch, rng, "e")
-        t = c.t.sample(rng.uniform("t", batch.index), self.process)
-        t = t * (self.top / self.process.t_max)
+        t = self.drawn(c.t, rng.uniform("t", batch.index))
         x_t = self.process.noise(x, e, t)
         with torch.no_grad():
             old = velocity(self.old(x_t, t, batch.cond))
-            real = velocity(guided(self.teacher, x_t, t, batch.cond, c.guidance))
         own = velocity(self.denoiser("student")(x_t, t, batch.cond))
         implied = self.error(old - (e - x)) - self.error(own - (e - x))
         regression = ((c.beta * self.centred(implied) - told).square() / c.beta).mean()
-        near = mean_square(own - real).mean()
-        loss = regression + c.reference * near
-        logs = {"loss": loss, "regression": regression, "reference": near, "reward": wanted.mean()}
-        return Loss(loss, logs | {"gap": (own - real).detach().abs().mean()} | sample_parts(x))
+        logs = {"loss": regression, "regression": regression, "reward": wanted.mean()}
+        if c.reference:
+            with torch.no_grad():
+                real = velocity(guided(self.teacher, x_t, t, batch.cond, c.guidance))
+            near = mean_square(own - real).mean()
+            logs["loss"] = regression + c.reference * near
+            logs |= {"reference": near, "gap": (own - real).detach().abs().mean()}
+        return Loss(logs["loss"], logs | sample_parts(x))
 
     def walk(self, batch: Batch, rng: Rng) -> Tensor:
         """Clean samples of the older self [B, ...]."""
@@ -203,10 +211,11 @@ class CRDTrainer(Trainer):
     def passes(self) -> list[Pass]:
         """The older self's walk and its field, counted as the student's; student and teacher."""
         calls = self.config.student_steps * (2 if self.config.solver == "heun" else 1)
+        asked = [Pass("teacher", "forward", 1, 2 if self.config.guided else 1)]
         return [
             Pass("student", "train"),
             Pass("student", "forward", calls + 1),
-            Pass("teacher", "forward", 1, 2 if self.config.guided else 1),
+            *(asked if self.config.reference else ()),
         ]
 
 

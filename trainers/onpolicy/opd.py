@@ -27,6 +27,7 @@ from stepdistill.run.errors import UserError
 from stepdistill.run.plug import Plugged
 from stepdistill.run.ratios import sample_parts
 from stepdistill.run.rng import Rng
+from stepdistill.run.xformers import enable_xformers
 from stepdistill.trainers.base import Loss, Pass, Trainer, Turn
 from stepdistill.trainers.fixed_point import FixedPoint, Proof
 from stepdistill.trainers.settings import TrainConfig
@@ -125,10 +126,17 @@ class OPDTrainer(Trainer):
                 f"the teacher {self.teacher.sample_shape} of {len(self.teacher.classes)}; give one "
                 "of the same"
             )
+        if den.classes != self.teacher.classes:
+            raise UserError(
+                f"more_teachers: {name} has the classes {', '.join(den.classes)}, the teacher "
+                f"{', '.join(self.teacher.classes)}; give one of the same, in the same order"
+            )
         if self.config.guided and den.null_label is None:
             raise UserError(
                 f"more_teachers: {name} has no label that means 'no class'; set guidance=1"
             )
+        if self.config.xformers:
+            enable_xformers(den.net, self.device)
         return den.requires_grad_(False)
 
     def routed(self) -> list[int]:

@@ -58,7 +58,6 @@ class ADDTrainer(LevelsTrainer):
 
     Config = ADDConfig
     config: ADDConfig
-    asks = True
     proofs: ClassVar = {
         "adversarial alone": Proof(
             ("gaussian",),
@@ -78,6 +77,11 @@ class ADDTrainer(LevelsTrainer):
     # The law is the fixed point of the discriminator alone: the distillation term is a regression
     # to a mean estimate, and draws the samples closer together than the data are.
 
+    def setup(self) -> None:
+        """See :meth:`OpposingTrainer.setup`; the distillation term asks the teacher."""
+        self.asks = self.config.distil.weight > 0
+        super().setup()
+
     def opposed(self) -> PictureOpponent:
         """See :meth:`OpposingTrainer.opposed`."""
         return PictureOpponent(self.config.adversary, self.teacher, self.config.seed)
@@ -87,8 +91,7 @@ class ADDTrainer(LevelsTrainer):
         c = self.config.distil
         if not c.weight:
             return {}
-        t = c.t.sample(rng.uniform("t", batch.index), self.process)
-        t = t * (self.top / self.process.t_max)
+        t = self.drawn(c.t, rng.uniform("t", batch.index))
         with torch.no_grad():
             x_t = self.process.noise(made.detach(), self.z(batch, rng, "e"), t)
             aim = self.shown(guided(self.teacher, x_t, t, batch.cond, self.config.guidance).x)

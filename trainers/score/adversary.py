@@ -26,7 +26,7 @@ from stepdistill.run.errors import UserError
 from stepdistill.run.plug import Plugged
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Pass
-from stepdistill.trainers.score.opponent import label_rows
+from stepdistill.trainers.score.opponent import heads, label_rows
 from stepdistill.trainers.score.reading import channels, modules, state
 from stepdistill.trainers.settings import Section
 
@@ -79,7 +79,8 @@ class Adversary:
         self.names = modules(config.features, config.taps, den.adapter.taps, den)
         found = channels(den, lambda x, t, cond: self.features(x, t, den, cond))
         rows = label_rows(teacher) if config.features == "state" else 0
-        self.net = Discriminator(config.head, found, seed, rows).to(den.device)
+        made = Discriminator if config.features == "critic" else heads  # the critic itself learns
+        self.net = made(config.head, found, seed, rows).to(den.device)
 
     def taps(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Modules of fake score and teacher that are read."""

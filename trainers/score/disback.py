@@ -49,8 +49,9 @@ class DisBackTrainer(Matching, GridTrainer):
     """DisBack (Zhang et al. 2024), spec 5.10; without targets it is ``dmd`` bit for bit.
 
     Here: recorded scores are guided as the fake score is, of which they are earlier states; no
-    adversarial part, which the authors' code has; the fake score's optimizer goes on where the
-    stages meet; and each target has a fixed number of steps.
+    adversarial part, which the authors' code has; one fake-score update a student's, where the
+    paper has five; the fake score's optimizer goes on where the stages meet; and each target has a
+    fixed number of steps.
     """
 
     Config = DisBackConfig
@@ -74,6 +75,8 @@ class DisBackTrainer(Matching, GridTrainer):
         count = max(1, c.targets)
         self.every = c.record_every or max(1, c.steps // (10 * (count + 1)))
         self.interval = c.interval or max(1, c.steps // (4 * count))
+        if c.targets and None in (c.record_every, c.interval):
+            self.kept = ("steps",)  # by which the stages are measured
         self.recording = self.every * (c.targets + 1) if c.targets else 0
         before = self.recording + self.interval * c.targets
         if before >= c.steps:

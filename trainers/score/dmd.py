@@ -65,8 +65,9 @@ class DMDTrainer(Matching, GridTrainer):
     """The score part of DMD2 (Yin et al. 2024), spec 5.4; ``dmd2`` adds the adversarial part.
 
     The regression is that of DMD (Yin et al. 2023), spec 5.3. Here: its distance is taken in
-    pixels, where the paper has LPIPS, which needs a pretrained network; and matching and
-    regression see one batch of labels, the pairs', where the paper draws a smaller one for it.
+    pixels, where the paper has LPIPS, which needs a pretrained network; the fake score's times are
+    logit-normal unless ``critic_t`` says otherwise; and matching and regression see one batch of
+    labels, the pairs', where the paper draws a smaller one for it.
     """
 
     Config = DMDConfig
@@ -86,8 +87,8 @@ class DMDTrainer(Matching, GridTrainer):
         """See :meth:`GridTrainer.setup`.
 
         Raises:
-            UserError: regression of a student that is not one step from pure noise, or beside
-                an adversarial head.
+            UserError: regression of a student that is not one step from pure noise, beside
+                an adversarial head, or to another law than the matching's.
         """
         super().setup()
         c = self.config
@@ -102,6 +103,12 @@ class DMDTrainer(Matching, GridTrainer):
             raise UserError(
                 f"start={self.start:g}: regression is on pairs from pure noise; set start=1, or "
                 "regression=null"
+            )
+        if c.guidance != 1 and not c.guide.leads:
+            raise UserError(
+                f"guidance={c.guidance:g}: pairs are of the guided law, and with "
+                f"guide={c.guide.kind} the matching is to the unguided; set guide=teacher, or "
+                "guidance=1"
             )
         if c.adversary is not None:
             raise UserError(

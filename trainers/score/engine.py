@@ -23,7 +23,7 @@ from stepdistill.diffusion.denoiser import Denoiser, Prediction
 from stepdistill.diffusion.guidance import guided
 from stepdistill.diffusion.heads import HEADS
 from stepdistill.diffusion.sampler import full
-from stepdistill.diffusion.timesteps import Density, LogitNormal, Uniform
+from stepdistill.diffusion.timesteps import Density, LogitNormal, Uniform, raised
 from stepdistill.losses.distribution import Renoise
 from stepdistill.losses.guides import Guide, Teacher
 from stepdistill.losses.terms import Term, added, largest
@@ -141,20 +141,10 @@ class ScoreTrainer(Trainer):
         """Student and fake score both start as the teacher.
 
         Raises:
-            UserError: the fake score is to be guided and has no label that means "no class", or
-                it trains alone to the end.
+            UserError: settings that contradict each other, or would have no effect.
         """
         c = self.config
-        if c.guides_fake and self.teacher.null_label is None:
-            raise UserError(
-                f"guide: {c.guide.kind} guides the fake score, and the teacher has no label that "
-                "means 'no class'; set guide=teacher"
-            )
-        if c.critic_first >= self.length:
-            raise UserError(
-                f"critic_first={c.critic_first} leaves the student none of {self.length} steps; "
-                "lower it"
-            )
+        self._check()
         self.group = largest(c.terms)
         total = self.length - c.critic_first
         self.add_player("student", self.initial, c.optim, ema=True, total=total)
@@ -170,6 +160,34 @@ class ScoreTrainer(Trainer):
             extra=self.adversary.net if self.adversary else None,
             pace=c.adversary.pace if c.adversary else 1.0,
         )
+
+    def _check(self) -> None:
+        c, null = self.config, self.teacher.null_label
+        if c.guides_fake and null is None:
+            raise UserError(
+                f"guide: {c.guide.kind} guides the fake score, and the teacher has no label that "
+                "means 'no class'; set guide=teacher"
+            )
+        if c.guide.own_scale and c.guidance != 1:
+            raise UserError(
+                f"guidance={c.guidance:g}: guide={c.guide.kind} has scales of its own; set "
+                "guidance=1, or another guide"
+            )
+        if c.critic_drop and null is None:
+            raise UserError(
+                f"critic_drop={c.critic_drop:g}: the teacher has no label that means 'no class'; "
+                "set critic_drop=null"
+            )
+        if c.critic_first >= self.length:
+            raise UserError(
+                f"critic_first={c.critic_first} leaves the student none of {self.length} steps; "
+                "lower it"
+            )
+        if c.adversary is not None and c.adversary.from_step >= c.steps:
+            raise UserError(
+                f"adversary.from_step={c.adversary.from_step}: the head would take part in none "
+                f"of steps={c.steps}; lower it, or set adversary=null"
+            )
 
     def turns(self, step: int) -> list[Turn]:
         """The student once, then the fake score ``critic_steps`` times."""
@@ -328,8 +346,8 @@ class ScoreTrainer(Trainer):
 
     def times(self, density: Density, level: float, batch: Batch, rng: Rng) -> Tensor:
         """Times [B] from a density, moved into the range from the sample's level to the top."""
-        t = density.sample(rng.uniform("t", batch.index), self.process)
-        return level + t * ((self.top - level) / self.process.t_max)
+        t = self.drawn(density, rng.uniform("t", batch.index))
+        return raised(t, level, self.top, self.process) if level else t
 
     def kernel(self, x: Tensor, level: float, t: Tensor) -> Renoise:
         """The way from a sample's level up to times t [B]."""

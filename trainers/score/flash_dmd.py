@@ -82,7 +82,7 @@ class FlashDMDTrainer(Matching, GridTrainer):
     Here: matching and adversarial updates alternate in a fixed order, the fake score learns the
     samples of matched exits alone, the fake score's share, beta and the number of candidates are
     ours, rewards read clean estimates, and the student's own average is the preferences'
-    reference.
+    reference. ``recompute`` is for matching updates; the others hold one network's graph anyway.
     """
 
     Config = FlashDMDConfig
@@ -118,7 +118,8 @@ class FlashDMDTrainer(Matching, GridTrainer):
         """Student, fake score and a discriminator.
 
         Raises:
-            UserError: no step is left to the discriminator, or preferences have no fresh noise.
+            UserError: no step is left to the discriminator or to preferences, or these have no
+                fresh noise.
         """
         c = self.config
         if c.matched_steps >= c.student_steps:
@@ -130,8 +131,13 @@ class FlashDMDTrainer(Matching, GridTrainer):
             raise UserError("preference: steps without fresh noise lead to one state; noise=fresh")
         super().setup()
         if c.preference is not None:
-            more = c.preference.updates * max(0, c.steps - c.preference.from_step)
-            self.players["student"].total += more
+            left = c.steps - max(c.preference.from_step, c.critic_first)
+            if left <= 0:
+                raise UserError(
+                    f"preference.from_step={c.preference.from_step}: preferences would take part "
+                    f"in none of steps={c.steps}; lower it, or set preference=null"
+                )
+            self.players["student"].total += c.preference.updates * left
         self.opponent = PictureOpponent(c.opponent, self.teacher, c.seed)
         heads, base = self.opponent.net, self.teacher
         self.add_player(
@@ -149,7 +155,7 @@ class FlashDMDTrainer(Matching, GridTrainer):
         wanted, self.made = self.config.preference, None
         self.low = step % self.config.adversarial_every == 1
         turns = [*super().turns(step)]
-        if wanted is not None and step >= wanted.from_step:
+        if wanted is not None and self.moved and step >= wanted.from_step:
             turns += [Turn("student", self.preference_loss)] * wanted.updates
         return [*turns, Turn("discriminator", self.discriminator_loss)]
 

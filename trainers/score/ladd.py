@@ -17,11 +17,10 @@ from stepdistill.data.batch import Batch
 from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.diffusion.timesteps import Density, LogitNormal
-from stepdistill.losses.heads import Discriminator
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Pass
 from stepdistill.trainers.fixed_point import Proof
-from stepdistill.trainers.score.opponent import Opponent, OpponentConfig, label_rows
+from stepdistill.trainers.score.opponent import Opponent, OpponentConfig, heads, label_rows
 from stepdistill.trainers.score.opposing import LevelsConfig, LevelsTrainer
 from stepdistill.trainers.score.reading import channels, modules, state
 from stepdistill.trainers.settings import PairsConfig
@@ -78,7 +77,7 @@ class TeacherOpponent(Opponent):
         self.names = modules(config.features, config.taps, teacher.adapter.blocks, teacher)
         rows = 0 if self.names else label_rows(teacher)
         found = channels(teacher, self.features)
-        self.net = Discriminator(config.head, found, seed, rows).to(teacher.device)
+        self.net = heads(config.head, found, seed, rows).to(teacher.device)
 
     def features(self, x_t: Tensor, t: Tensor, cond: Cond) -> Sequence[Tensor]:
         """Features of noised samples, or those themselves."""

@@ -119,7 +119,7 @@ class MDTDistTrainer(Trainer):
     def match(self, batch: Batch, rng: Rng) -> tuple[Tensor, Tensor]:
         """Velocity matching at noised data; and the student's clean estimate [B, ...]."""
         assert batch.x is not None
-        t = self.times(batch, rng, "t")
+        t = self.drawn(self.config.t, rng.uniform("t", batch.index))
         x_t = self.process.noise(batch.x, self.z(batch, rng), t)
         _, target = self.target(x_t, t, batch)
         pred = self.denoiser("student")(x_t, t, batch.cond)
@@ -134,16 +134,11 @@ class MDTDistTrainer(Trainer):
         top = full(z, self.top)
         x_top = self.process.noise(torch.zeros_like(z), z, top)
         made = self.denoiser("student")(x_top, top, batch.cond)
-        t = self.times(batch, rng, "own-t")
+        t = self.drawn(self.config.t, rng.uniform("own-t", batch.index))
         x_t = self.process.noise(made.x.detach(), self.z(batch, rng, "e"), t)
         own, target = self.target(x_t, t, batch)
         v = drift(made)
         return mean_square((own - target) + v - v.detach()).mean(), made.x
-
-    def times(self, batch: Batch, rng: Rng, stream: str) -> Tensor:
-        """Times [B] up to the start of the student's grid."""
-        t = self.config.t.sample(rng.uniform(stream, batch.index), self.process)
-        return t * (self.top / self.process.t_max)
 
     @torch.no_grad()
     def target(self, x_t: Tensor, t: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,6 @@ next. Students may be smaller than the teacher: they then learn its scores first
 
 from __future__ import annotations
 
-import difflib
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -19,7 +18,7 @@ from stepdistill.diffusion.denoiser import Denoiser, Experts, Routed
 from stepdistill.diffusion.guidance import guided
 from stepdistill.diffusion.sampler import sample
 from stepdistill.diffusion.timesteps import Density, Uniform, uniform_grid
-from stepdistill.run.errors import UserError
+from stepdistill.run.errors import UserError, hint
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Loss, Pass, Turn
 from stepdistill.trainers.fixed_point import Proof
@@ -94,12 +93,19 @@ class MSDTrainer(Matching, GridTrainer):
             for label in range(len(self.teacher.classes))
         )
         self.scoring = c.network.steps if c.network else 0
-        self.matching = max(self.scoring, c.critic_first)
+        self.matching = self.scoring + c.critic_first
         if self.matching + c.students > c.steps:
-            key = "network.steps" if self.scoring >= c.critic_first else "critic_first"
+            before = {"network.steps": self.scoring, "critic_first": c.critic_first}
+            told = [f"{key}={count}" for key, count in before.items() if count]
             raise UserError(
-                f"{key}={self.matching} leaves one of {c.students} students none of "
-                f"steps={c.steps} to match distributions in; give more steps"
+                f"{' and '.join(told) or 'this'} leave{'' if len(told) == 2 else 's'} one of "
+                f"{c.students} students none of steps={c.steps} to match distributions in; give "
+                "more steps"
+            )
+        if c.students > 1 and c.guides_fake:
+            raise UserError(
+                f"guide: {c.guide.kind} asks each student's fake score for no class, which there "
+                "is a law of its own classes and of the teacher's that of all; set guide=teacher"
             )
         source = self.small() if c.network else self.initial
         super().setup()
@@ -162,7 +168,7 @@ class MSDTrainer(Matching, GridTrainer):
         self.part = step % self.config.students
         if step < self.scoring:
             return [Turn(self.active, self.score_loss)]
-        return super().turns(step)
+        return super().turns(step - self.scoring)
 
     @property
     def active(self) -> str:
@@ -246,9 +252,7 @@ def label_of(name: str, classes: tuple[str, ...]) -> int:
         return classes.index(name)
     if name.isdecimal() and int(name) < len(classes):
         return int(name)
-    near = difflib.get_close_matches(name, classes, 1)
-    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(classes)}"
-    raise UserError(f"parts: the teacher has no class {name}; {hint}")
+    raise UserError(f"parts: the teacher has no class {name}; {hint(name, classes, 'there are')}")
 
 
 TRAINER = MSDTrainer

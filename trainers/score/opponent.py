@@ -18,6 +18,7 @@ from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.losses.adversarial import AdversarialLoss, Hinge
 from stepdistill.losses.features import ImageFeatures, Projected, RandomConv, widths
 from stepdistill.losses.heads import Discriminator, HeadPlug, Tokens
+from stepdistill.run.errors import UserError
 from stepdistill.run.player import Beta, OptimConfig
 from stepdistill.run.plug import Plugged
 from stepdistill.run.rng import Rng
@@ -126,8 +127,7 @@ class PictureOpponent(Opponent):
                 net = Projected(net, channels, config.project, seed).to(teacher.device)
                 channels = [config.project] * len(channels)
         self.features = net.eval().requires_grad_(False)
-        self.net = Discriminator(config.head, channels, seed, label_rows(teacher))
-        self.net.to(teacher.device)
+        self.net = heads(config.head, channels, seed, label_rows(teacher)).to(teacher.device)
 
     def read(
         self, x: Tensor, batch: Batch, rng: Rng, stream: str, near: float = 0.0
@@ -139,6 +139,21 @@ class PictureOpponent(Opponent):
         return found
 
 
+def heads(head: HeadPlug, channels: Sequence[int], seed: int, rows: int) -> Discriminator:
+    """The heads of a discriminator on frozen features.
+
+    Raises:
+        UserError: they have no weights, so that nothing would be trained.
+    """
+    net = Discriminator(head, channels, seed, rows)
+    if next(net.parameters(), None) is None:
+        raise UserError(
+            f"head: {head.kind} has no weights of its own, and the features are frozen; "
+            "take another, such as tokens"
+        )
+    return net
+
+
 def label_rows(den: Denoiser) -> int:
     """Rows of a table of a network's labels, that of no class included; 0 if it has none."""
-    return len(den.classes) + 1 if den.classes else 0
+    return max(len(den.classes), den.null_label or 0) + 1 if den.classes else 0

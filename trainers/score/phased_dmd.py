@@ -16,6 +16,7 @@ diversity loss and its term on real data are left out.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, ClassVar
 
 import torch
@@ -29,7 +30,7 @@ from stepdistill.diffusion.denoiser import Denoiser, Experts
 from stepdistill.diffusion.process import expand
 from stepdistill.diffusion.sampler import full, move
 from stepdistill.diffusion.split import Split
-from stepdistill.diffusion.timesteps import Density, Grid
+from stepdistill.diffusion.timesteps import Density, Grid, grid_between, raised, share_below
 from stepdistill.run.assets import load_teacher
 from stepdistill.run.errors import UserError
 from stepdistill.run.player import Player
@@ -114,7 +115,7 @@ class PhasedDMDTrainer(Matching):
             UserError: levels that do not begin at the start, a phase without a step, or a second
                 teacher that does not fit.
         """
-        self.shares: dict[float, float] = {}
+        self.lower: dict[float, float] = {}
         self._split_teacher()
         super().setup()
         levels = self.config.levels
@@ -123,6 +124,11 @@ class PhasedDMDTrainer(Matching):
             raise UserError(
                 f"levels={list(levels)} must fall from {self.top:.7g}, {where}, to 0; write "
                 f"{self.top:.7g} first"
+            )
+        if self.count > 1 and self.config.critic_weight == "none" and not self.config.margin:
+            raise UserError(
+                "critic_weight=none: the fake score's targets near a phase's level are noise "
+                "alone; set a margin, such as 0.02, or critic_weight=ratio"
             )
         if self.adversary and isinstance(self.teacher, Split):
             low = Adversary(self.adversary.config, self.teacher, self.teacher.part(1), 0)
@@ -223,8 +229,8 @@ class PhasedDMDTrainer(Matching):
 
     def sub_grid(self, phase: int, steps: int) -> Grid:
         """Times inside a phase, its end included."""
-        top, bottom = self.config.levels[phase], self.config.levels[phase + 1]
-        return tuple(top + (bottom - top) * i / steps for i in range(steps)) + (bottom,)
+        high, low = self.config.levels[phase : phase + 2]
+        return grid_between(high, low, steps, self.process)
 
     def grids(self) -> dict[int, Grid]:
         """All steps of all phases."""
@@ -271,7 +277,7 @@ class PhasedDMDTrainer(Matching):
         """See :meth:`Matching.compare`; of a split teacher, at times that one expert owns."""
         if not isinstance(self.teacher, Split):
             return super().compare(made, batch, rng)
-        share = self.share_below(made.level)
+        share = self.cleaner_share(made.level)
         low = rng.integer("expert", 1 << 24) < share * (1 << 24)  # the same on every process
         self.part = (0.0, share) if low else (share, 1.0)
         try:
@@ -295,22 +301,17 @@ class PhasedDMDTrainer(Matching):
 
         Clean samples need no margin, as their targets do not grow.
         """
-        bottom = level + (self.config.margin * (self.top - level) if level > 0 else 0.0)
-        t = density.sample(u, self.process)
-        return bottom + t * ((self.top - bottom) / self.process.t_max)
+        t = self.drawn(density, u)
+        bottom = level + self.config.margin * (self.top - level)
+        return raised(t, bottom, self.top, self.process) if level else t
 
-    def share_below(self, level: float) -> float:
+    def cleaner_share(self, level: float) -> float:
         """Share of the times of comparison above ``level`` that the cleaner expert owns."""
         assert isinstance(self.teacher, Split)
-        if level not in self.shares:
-            low, high = 0.0, 1.0
-            for _ in range(40):  # a density rises with its uniform number
-                half = (low + high) / 2
-                u = torch.tensor([half], dtype=torch.float64)
-                below = self.placed(self.config.student_t, u, level) <= self.teacher.boundary
-                low, high = (half, high) if bool(below) else (low, half)
-            self.shares[level] = low
-        return self.shares[level]
+        if level not in self.lower:
+            placed = partial(self.placed, self.config.student_t, level=level)
+            self.lower[level] = share_below(placed, self.teacher.boundary)
+        return self.lower[level]
 
     def hand_over(self, made: Sample) -> Sample | None:
         """None where the fake score trains on whole rollouts."""

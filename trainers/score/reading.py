@@ -26,9 +26,11 @@ def modules(
         den: the network.
 
     Raises:
-        UserError: no name is given, and none known.
+        UserError: no name is given, and none known; or one where no network is read.
     """
     if features == "state":
+        if taps:
+            raise UserError("adversary.taps: features=state reads no network; leave taps out")
         return ()
     names = tuple(taps or known(den.net))
     if not names:

@@ -31,8 +31,7 @@ class VDOTConfig(GridConfig, MatchingConfig):
     """Settings of ``vdot``."""
 
     transport: Plugged[Transport] = Field(
-        default_factory=lambda: Entropic(lam=1.0),
-        description="from the two clean estimates to a direction",
+        default_factory=Entropic, description="from the two clean estimates to a direction"
     )
     adversary: VDOTAdversary | None = Field(
         default_factory=VDOTAdversary,

@@ -172,8 +172,7 @@ class ConsistencyTrainer(Trainer):
         if isinstance(pairs, GridPairs):
             place = rng.integers("t", batch.index, pairs.steps)
             return self.grid[place], self.grid[(place + pairs.skip).clamp_max(pairs.steps)]
-        t = pairs.t.sample(rng.uniform("t", batch.index), self.process)
-        t = t * (self.top / self.process.t_max)
+        t = self.drawn(pairs.t, rng.uniform("t", batch.index))
         stage = pairs.first + rng.step * pairs.stages // self.config.steps
         return t, ect_partner(t, stage, pairs.q)
 

@@ -52,7 +52,7 @@ LAWS = [
     method.name
     for method in methods()
     for keys in [next(iter(trainer(method.name).proofs.values())).keys]
-    for made in [make(method.name, mlp_teacher(), **keys)]
+    for made in [make(method.name, mlp_teacher(), steps=400, **keys)]
     if made.fixed_point.kind == "law" and made.turns(0)[0].player == "student"
     if "critic" in made.players
 ]
@@ -65,7 +65,7 @@ def test_where_fake_and_teacher_agree_nothing_moves(method) -> None:
 
     Exactly so for a direction; to rounding where it is differentiated through both.
     """
-    made = make(method, mlp_teacher())
+    made = make(method, mlp_teacher(), steps=400)
     first = sum(float(grad.abs().sum()) for grad in turn_gradients(made, 0)[0])
     run(made, 0, 2)
     later = sum(float(grad.abs().sum()) for grad in turn_gradients(made, 2)[0])

@@ -128,7 +128,7 @@ def run(
     """
     proof = proof or proofs(case.method)[case.setting]
     cls = find_trainer(case.method)
-    point = _made(cls, teacher, proof, "table", {"steps": 100}).fixed_point
+    point = _made(cls, teacher, proof, "table", {"steps": 1000}).fixed_point
     reached = teacher.guidance if point.guided else 1.0
     gaussian = form_at(teacher.oracle, reached) == "gaussian"
     held: Kind = "smooth" if point.kind != "map" else "series" if point.smooth else "table"

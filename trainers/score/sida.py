@@ -59,7 +59,7 @@ class SiDATrainer(SiDTrainer):
                 "adversary": {
                     "features": "state",
                     "head": "mlp",
-                    "from_step": 300,
+                    "from_step": 5,
                     "student": 1e-3,
                 }
             },

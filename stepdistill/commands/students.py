@@ -59,9 +59,14 @@ class Entry:
     settings: str
 
     @property
+    def stem(self) -> str:
+        """Name of its config, wherever the file is."""
+        return Path(self.config).stem
+
+    @property
     def plan(self) -> str:
         """Name of its plan."""
-        return f"{Path(self.config).stem}{'' if self.any_steps else f'-k{self.steps}'}"
+        return f"{self.stem}{'' if self.any_steps else f'-k{self.steps}'}"
 
     @property
     def run(self) -> str:
@@ -71,12 +76,12 @@ class Entry:
     @property
     def method(self) -> str:
         """Name of its method in the table."""
-        return Path(self.config).stem.removesuffix("-digits")
+        return self.stem.removesuffix("-digits")
 
     @property
     def name(self) -> str:
         """Name of its figures."""
-        return f"{Path(self.config).stem}-k{self.steps}-s{self.seed}"
+        return f"{self.stem}-k{self.steps}-s{self.seed}"
 
 
 class Plan(BaseModel):

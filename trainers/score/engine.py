@@ -346,7 +346,11 @@ class ScoreTrainer(Trainer):
 
     def times(self, density: Density, level: float, batch: Batch, rng: Rng) -> Tensor:
         """Times [B] from a density, moved into the range from the sample's level to the top."""
-        t = self.drawn(density, rng.uniform("t", batch.index))
+        return self.placed(density, rng.uniform("t", batch.index), level)
+
+    def placed(self, density: Density, u: Tensor, level: float) -> Tensor:
+        """See :meth:`times`, from uniforms u [B]."""
+        t = self.drawn(density, u)
         return raised(t, level, self.top, self.process) if level else t
 
     def kernel(self, x: Tensor, level: float, t: Tensor) -> Renoise:

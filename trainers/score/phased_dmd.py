@@ -16,7 +16,7 @@ diversity loss and its term on real data are left out.
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cached_property, partial
 from typing import Annotated, ClassVar
 
 import torch
@@ -30,7 +30,7 @@ from stepdistill.diffusion.denoiser import Denoiser, Experts
 from stepdistill.diffusion.process import expand
 from stepdistill.diffusion.sampler import full, move
 from stepdistill.diffusion.split import Split
-from stepdistill.diffusion.timesteps import Density, Grid, grid_between, raised, share_below
+from stepdistill.diffusion.timesteps import Density, Grid, grid_between, share_below
 from stepdistill.run.assets import load_teacher
 from stepdistill.run.errors import UserError
 from stepdistill.run.player import Player
@@ -227,16 +227,17 @@ class PhasedDMDTrainer(Matching):
                 pace=critic.pace,
             )
 
-    def sub_grid(self, phase: int, steps: int) -> Grid:
-        """Times inside a phase, its end included."""
-        high, low = self.config.levels[phase : phase + 2]
-        return grid_between(high, low, steps, self.process)
+    @cached_property
+    def sub_grids(self) -> list[Grid]:
+        """Times inside each phase, its end included."""
+        levels, steps = self.config.levels, self.config.phase_steps
+        ends = zip(levels, levels[1:], strict=False)
+        return [grid_between(high, low, steps, self.process) for high, low in ends]
 
     def grids(self) -> dict[int, Grid]:
         """All steps of all phases."""
-        steps = self.config.phase_steps
-        parts = [self.sub_grid(k, steps)[:-1] for k in range(self.count)]
-        return {steps * self.count: (*(t for part in parts for t in part), 0.0)}
+        times = [t for part in self.sub_grids for t in part[:-1]]
+        return {len(times): (*times, 0.0)}
 
     def students(self) -> list[Player]:
         """See :meth:`Trainer.students`: one a phase so far."""
@@ -259,14 +260,14 @@ class PhasedDMDTrainer(Matching):
         c = self.config
         z = self.z(batch, rng)
         x = expand(self.process.coefs(full(z, c.levels[0])).sigma, z) * z
-        times = self.sub_grid(self.phase, c.phase_steps)
+        times = self.sub_grids[self.phase]
         last = c.phase_steps - 1
         exit_at = last if exact else rng.integer("exit", c.phase_steps)
         student = self.denoiser(self.active)
         with torch.no_grad():
             for k in range(self.phase):
                 expert = self.denoiser(expert_name(k))
-                x = self.walk(expert, x, self.sub_grid(k, c.phase_steps), batch)
+                x = self.walk(expert, x, self.sub_grids[k], batch)
             x = self.walk(student, x, times[: exit_at + 1], batch)
         pred = student(x, full(x, times[exit_at]), batch.cond)
         level = times[-1]
@@ -301,9 +302,8 @@ class PhasedDMDTrainer(Matching):
 
         Clean samples need no margin, as their targets do not grow.
         """
-        t = self.drawn(density, u)
-        bottom = level + self.config.margin * (self.top - level)
-        return raised(t, bottom, self.top, self.process) if level else t
+        bottom = level + self.config.margin * (self.top - level) if level else 0.0
+        return super().placed(density, u, bottom)
 
     def cleaner_share(self, level: float) -> float:
         """Share of the times of comparison above ``level`` that the cleaner expert owns."""

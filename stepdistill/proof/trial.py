@@ -184,7 +184,7 @@ def _made(
     if scratch:
         fresh = begin(oracle, "network", fresh=True)
         return cls(cls.Config(**keys), fresh, **own)
-    keys["guidance"] = teacher.guidance
+    keys.setdefault("guidance", teacher.guidance)
     return cls(cls.Config(**keys), oracle, initial=begin(oracle, kind), **own)
 
 

@@ -53,6 +53,7 @@ class SwiftBrushTrainer(Matching, GridTrainer):
             {
                 "critic_drop": 0.25,
                 "critic_steps": 6,
+                "guidance": 1,
                 "guide": {"kind": "spread", "low": 0.5, "high": 4.0},
             },
             effort=1.2,

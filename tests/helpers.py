@@ -38,6 +38,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "dmd": {
         "one_step": {"guidance": 2.0},
         "two_steps": {"student_steps": 2, "critic_steps": 2},
+        "exits": {"student_steps": 3, "critic_steps": 2, "critic_rollout": False},
     },
     "flash_dmd": {
         "preferences": {

@@ -29,9 +29,8 @@ are spread evenly), starts as the teacher and makes as many updates; `dmd2` has 
 head. Modes: those with at least half of their weight, of 25. Least: share of the most neglected
 mode, as a part of its weight. Mass error: total variation of the modes' shares. Sliced W1: to the
 law, in its standard deviations. Near: share of samples within four standard deviations of a mode.
-Exits: the mass error of the images predicted at each of the four steps, which `dmd2` compares
-with the law by a fake score of all of them; that of `phased_dmd` learns whole rollouts, but where
-it says exits."""
+Exits: the mass error of the images predicted at each of the four steps. Where it says so the fake
+score learns these, all four as one; else it learns what the sampler makes, the last of them."""
 
 
 def modes(

@@ -84,8 +84,12 @@ def deviation(rows: Sequence[Row], figure: str) -> float:
 def replace_section(file: Path, text: str) -> None:
     """Put a section into a Markdown file, in place of the one of its title up to the budget."""
     old = file.read_text(encoding="utf-8") if file.is_file() else "# Benchmarks\n"
-    title = text.splitlines()[0].split(",")[0]
     parts = old.split("\n## ")
-    kept = [parts[0].rstrip(), *(f"## {part.rstrip()}" for part in parts[1:])]
-    kept = [part for part in kept if part.splitlines()[0].split(",")[0] != title]
-    write_text(file, "\n\n".join([*kept, text.rstrip()]) + "\n")
+    sections = [parts[0].rstrip(), *(f"## {part.rstrip()}" for part in parts[1:])]
+    titles = [section.splitlines()[0].split(",")[0] for section in sections]
+    title = text.splitlines()[0].split(",")[0]
+    if title in titles:
+        sections[titles.index(title)] = text.rstrip()
+    else:
+        sections.append(text.rstrip())
+    write_text(file, "\n\n".join(sections) + "\n")

@@ -2,7 +2,7 @@
 
 All make as many student updates, from the same teacher. They differ in two things: whether the
 steps are cut into phases, each with a law of its own to reach, and whether the fake score learns
-the samples of whole rollouts (`phased_dmd`) or those of the drawn exits (`dmd2`).
+the samples of whole rollouts or the images predicted at the drawn exits.
 """
 
 from __future__ import annotations
@@ -49,16 +49,18 @@ class Entry:
 def entries(shift: float = 1.0) -> list[Entry]:
     """The students, with steps at the times 1, 3/4, 1/2 and 1/4 warped by ``shift``."""
     grid = times(shift)
-    whole = {"student_steps": STEPS, "adversary": None}
+    exits, same = {"critic_rollout": False}, {"noise": "predicted"}
+    dmd2 = {"student_steps": STEPS, "adversary": None}
     one = {"levels": (grid[0], 0.0), "phase_steps": STEPS}
     two = {"levels": (grid[0], grid[STEPS // 2], 0.0), "phase_steps": STEPS // 2}
-    on_exits = {**two, "critic_rollout": False}
     return [
-        Entry("dmd2, fresh noise", "dmd2", whole),
-        Entry("dmd2, predicted noise", "dmd2", {**whole, "noise": "predicted"}),
+        Entry("dmd2, fresh noise, fake score on exits", "dmd2", {**dmd2, **exits}),
+        Entry("dmd2, predicted noise, fake score on exits", "dmd2", {**dmd2, **exits, **same}),
+        Entry("dmd2, fresh noise", "dmd2", dmd2),
+        Entry("dmd2, predicted noise", "dmd2", {**dmd2, **same}),
         Entry("phased_dmd, 1 phase of 4", "phased_dmd", one),
         Entry("phased_dmd, 2 phases of 2", "phased_dmd", two),
-        Entry("phased_dmd, 2 phases of 2, fake score on exits", "phased_dmd", on_exits),
+        Entry("phased_dmd, 2 phases of 2, fake score on exits", "phased_dmd", {**two, **exits}),
     ]
 
 

@@ -135,9 +135,8 @@ class DisBackTrainer(Matching, GridTrainer):
         """Those of the present stage: no comparison while scores are recorded."""
         passes, c = super().passes(), self.config
         if self.step_now < self.recording:
-            walk = c.critic_steps * (1 + (c.student_steps - 1) / 2)
             own = [p for p in passes if (p.role, p.kind) == ("critic", "train")]
-            return [*own, Pass("student", "forward", walk)]
+            return [*own, Pass("student", "forward", c.critic_steps * self.rollout[1])]
         if not self.left:
             return passes
         size = 2 if self.config.guide.on_fake(self.config.guidance) else 1

@@ -29,9 +29,11 @@ class DMD2Config(GridConfig, MatchingConfig):
 class DMD2Trainer(Matching, GridTrainer):
     """DMD2 (Yin et al. 2024), spec 5.4.
 
-    Here: the student's head reads the very states at which the scores are compared, all
-    fake-score updates of a step see the same images of the data, noised anew, and their times are
-    logit-normal unless ``critic_t`` says otherwise.
+    Here: in several steps the fake score learns what the sampler makes, where the paper's learns
+    the images predicted at drawn exits (``critic_rollout: false``), which spread too widely; the
+    student's head reads the very states at which the scores are compared, all fake-score updates
+    of a step see the same images of the data, noised anew, and their times are logit-normal unless
+    ``critic_t`` says otherwise.
     """
 
     Config = DMD2Config

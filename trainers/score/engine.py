@@ -253,9 +253,14 @@ class ScoreTrainer(Trainer):
         value, logs = added(self.config.terms, x, batch.cond.label)
         return Loss(loss.value + value, loss.logs | logs) if logs else loss
 
+    @property
+    def whole(self) -> bool:
+        """Whether the fake score trains on samples as inference makes them, and not at exits."""
+        return False
+
     def hand_over(self, made: Sample) -> Sample | None:
         """The student's sample as the fake score may train on it, or None to make another."""
-        return Sample(made.x.detach(), made.level, made.reference.detach())
+        return None if self.whole else Sample(made.x.detach(), made.level, made.reference.detach())
 
     def ask(self, x_t: Tensor, t: Tensor, batch: Batch, rng: Rng, *, graph: bool) -> Asked:
         """Ask fake score and teacher about x_t [B, ...] at times t [B], each in one pass.
@@ -296,7 +301,7 @@ class ScoreTrainer(Trainer):
         self.moved = False
         if made is None:
             with torch.no_grad():
-                made = self.generate(batch, rng, exact=True)
+                made = self.generate(batch, rng, exact=self.whole)
         t = self.times(c.critic_t, made.level, batch, rng)
         kernel = self.kernel(made.x, made.level, t)
         e = self.z(batch, rng, "critic-e")
@@ -360,8 +365,13 @@ class ScoreTrainer(Trainer):
 
     # Cost -------------------------------------------------------------------------------------
 
+    @property
+    def rollout(self) -> tuple[float, float]:
+        """Forwards before a sample's pass with a graph; those of one for the fake score alone."""
+        return 0.0, 1.0
+
     def passes(self) -> list[Pass]:
-        """One-step generation, the passes of the comparison, and the fake score's own.
+        """Generation, the passes of the comparison, and the fake score's own.
 
         Those of steps in which the student has a turn.
         """
@@ -372,8 +382,10 @@ class ScoreTrainer(Trainer):
             Pass("critic", "forward", 1, fakes),
             Pass("teacher", "forward", 1, 2 if c.guided else 1),
         ]
-        fresh = c.critic_steps - 1 + (1 if c.recompute else 0)
-        more = [Pass("student", "forward", fresh)] if fresh else []
+        walk, fresh = self.rollout
+        forwards = walk + (walk + 1 if c.recompute else 0)
+        forwards += (c.critic_steps - (0 if self.whole else 1)) * fresh
+        more = [Pass("student", "forward", forwards)] if forwards else []
         more = [Pass("critic", "train", c.critic_steps, trained), *more]
         if self.adversary and self.opposed:
             asked, own = self.adversary.passes(asked, c.critic_steps)

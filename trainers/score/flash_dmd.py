@@ -8,7 +8,7 @@ join in: of several continuations of one noisy state, the better by a reward bec
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -63,6 +63,9 @@ class FlashDMDConfig(GridConfig, MatchingConfig):
     )
     critic_follows: float = Field(
         0.03, ge=0, lt=1, description="share by which the fake score moves to the student's weights"
+    )
+    critic_rollout: Literal[False] = Field(
+        False, description="always false: the fake score learns the samples of matched exits"
     )
     adversary: None = Field(None, description="always null: the fake score carries no head")
     opponent: FlashOpponent = Field(

@@ -36,7 +36,7 @@ from stepdistill.run.errors import UserError
 from stepdistill.run.player import Player
 from stepdistill.run.rng import Rng
 from stepdistill.run.xformers import enable_xformers
-from stepdistill.trainers.base import Loss, Pass
+from stepdistill.trainers.base import Loss
 from stepdistill.trainers.beginning import recomputed
 from stepdistill.trainers.fixed_point import FixedPoint, Proof
 from stepdistill.trainers.score.adversary import Adversary
@@ -313,10 +313,10 @@ class PhasedDMDTrainer(Matching):
             self.lower[level] = share_below(placed, self.teacher.boundary)
         return self.lower[level]
 
-    def hand_over(self, made: Sample) -> Sample | None:
-        """None where the fake score trains on whole rollouts."""
-        whole = self.config.critic_rollout and self.config.phase_steps > 1
-        return None if whole else super().hand_over(made)
+    @property
+    def whole(self) -> bool:
+        """See :attr:`ScoreTrainer.whole`."""
+        return self.config.critic_rollout and self.config.phase_steps > 1
 
     def members(self) -> list[tuple[str, Denoiser]]:
         """See :meth:`Trainer.members`; the experts of earlier phases are frozen."""
@@ -327,17 +327,11 @@ class PhasedDMDTrainer(Matching):
             others = parts + [(role, den) for role, den in others if den is not self.teacher]
         return others + [("expert", den) for den in frozen]
 
-    def passes(self) -> list[Pass]:
-        """Those of the engine, and the walks through this phase and those before."""
-        c = self.config
-        before = self.phase * c.phase_steps
-        rollout = before + (c.phase_steps - 1) / 2
-        whole = c.critic_rollout and c.phase_steps > 1
-        fresh = c.critic_steps - (0 if whole else 1)
-        walks = rollout + fresh * (before + c.phase_steps)
-        walks += rollout + 1 if c.recompute else 0
-        own = [p for p in super().passes() if (p.role, p.kind) != ("student", "forward")]
-        return own + ([Pass("student", "forward", walks)] if walks else [])
+    @property
+    def rollout(self) -> tuple[float, float]:
+        """See :attr:`ScoreTrainer.rollout`; phases before are walked whole."""
+        before, steps = self.phase * self.config.phase_steps, self.config.phase_steps
+        return before + (steps - 1) / 2, before + (steps if self.whole else (steps + 1) / 2)
 
 
 def expert_name(phase: int) -> str:

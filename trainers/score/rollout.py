@@ -11,7 +11,6 @@ from torch import Tensor
 from stepdistill.data.batch import Batch
 from stepdistill.diffusion.sampler import full, sample
 from stepdistill.run.rng import Rng
-from stepdistill.trainers.base import Pass
 from stepdistill.trainers.fixed_point import FixedPoint
 from stepdistill.trainers.score.engine import Sample, ScoreConfig, ScoreTrainer
 
@@ -22,6 +21,11 @@ class GridConfig(ScoreConfig):
     student_steps: int = Field(1, ge=1, description="steps of the student's grid")
     noise: Literal["fresh", "predicted"] = Field(
         "fresh", description="what the sampler's steps end with, in training and in the export"
+    )
+    critic_rollout: bool = Field(
+        True,
+        description="train the fake score on what the sampler makes; false: on images predicted at "
+        "drawn exits, which the student is compared by (DMD2)",
     )
 
 
@@ -39,14 +43,14 @@ class GridTrainer(ScoreTrainer):
 
     @property
     def fixed_point(self) -> FixedPoint:
-        """The data's law: of the one step, or of the images at all exits of the grid together.
+        """The data's law; with a fake score of exits, that of the images at all exits together.
 
-        There divergences, distances and heads all rest. The fake score is one for all exits, so it
-        holds their mixture to the data and does not see where two miss it in opposite ways.
+        A fake score of exits is one for all of them: it holds their mixture to the data and does
+        not see where two miss it in opposite ways. One of whole rollouts sees what is sampled.
         """
         return FixedPoint(
             "law",
-            pooled=self.config.student_steps > 1,
+            pooled=self.config.student_steps > 1 and not self.whole,
             guided=self.config.guide.leads,
             covers=self.covers,
         )
@@ -55,6 +59,11 @@ class GridTrainer(ScoreTrainer):
     def exits(self) -> int:
         """How many steps of the grid, from the noisiest, are exits."""
         return self.config.student_steps
+
+    @property
+    def whole(self) -> bool:
+        """See :attr:`ScoreTrainer.whole`."""
+        return self.config.critic_rollout and self.config.student_steps > 1
 
     def walk(self, batch: Batch, rng: Rng, stop: int | None) -> Tensor:
         """The state after ``stop`` steps of the sampler from pure noise; its images if None."""
@@ -73,15 +82,15 @@ class GridTrainer(ScoreTrainer):
     def generate(self, batch: Batch, rng: Rng, *, exact: bool) -> Sample:
         """The clean image predicted at one exit of the grid, the same on every process."""
         (grid,) = self.grids().values()
-        exit_at = rng.integer("exit", self.exits)
+        exit_at = self.config.student_steps - 1 if exact else rng.integer("exit", self.exits)
         with torch.no_grad():
             x_t = self.walk(batch, rng, exit_at)
         t = full(x_t, grid[exit_at])
         x = self.shown(self.denoiser(self.active)(x_t, t, batch.cond).x)
         return Sample(x, 0.0, x)
 
-    def passes(self) -> list[Pass]:
-        """Those of the engine, and the walk to the exit."""
-        c = self.config
-        walk = (c.student_steps - 1) / 2 * (c.critic_steps + (1 if c.recompute else 0))
-        return super().passes() + ([Pass("student", "forward", walk)] if walk else [])
+    @property
+    def rollout(self) -> tuple[float, float]:
+        """See :attr:`ScoreTrainer.rollout`; exits are drawn evenly."""
+        steps = self.config.student_steps
+        return (steps - 1) / 2, steps if self.whole else (steps + 1) / 2

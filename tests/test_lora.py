@@ -38,6 +38,7 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     ("phased_dmd", {}),
     ("consistency", {"target": "ema"}),
     ("reflow", {}),
+    ("progressive", {"first": 2, "steps": 6}),
 ]
 LORA = {"rank": 4, "alpha": 8}
 every_method = pytest.mark.parametrize(("method", "keys"), METHODS, ids=[m for m, _ in METHODS])

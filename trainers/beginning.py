@@ -8,6 +8,7 @@ from stepdistill.adapters import lora
 from stepdistill.adapters.recompute import recompute
 from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.run.errors import UserError
+from stepdistill.run.rng import seeded
 from stepdistill.trainers.settings import TrainConfig
 
 
@@ -29,7 +30,7 @@ def begin(config: TrainConfig, name: str, source: Denoiser, *, copy: bool) -> De
         UserError: adapters for a network that is trained itself, or targets that it has not.
     """
     role = role_of(name)
-    like = "critic" if role == "target" else role  # a target was a fake score
+    like = {"target": "critic", "previous": "student"}.get(role, role)  # what it once was
     if config.lora is None or like not in config.lora.players:
         return source.clone() if copy else source
     if not copy:
@@ -61,3 +62,21 @@ def recomputed(den: Denoiser) -> None:
         raise UserError(
             f"gradient_checkpointing: {error}; set gradient_checkpointing=false"
         ) from error
+
+
+def renewed(den: Denoiser, seed: int) -> Denoiser:
+    """A copy whose weights are those that its class begins with, by a seed.
+
+    Raises:
+        UserError: the network is not one of diffusers', which can be made from their config.
+    """
+    made, cls = den.clone(), type(den.net)
+    maker = getattr(cls, "from_config", None)
+    if maker is None or not hasattr(den.net, "config"):
+        raise UserError(
+            f"scratch: a {cls.__name__} cannot be made anew from a config of its own; set "
+            "scratch=false, or take a teacher that is a network of diffusers"
+        )
+    with seeded(seed):
+        made.net.load_state_dict(maker(den.net.config).state_dict())
+    return made

@@ -17,8 +17,9 @@ class FixedPoint:
     Args:
         kind: "map": every noise has its own image, the end of the teacher's walk; "law": only the
             distribution of the images is given; "field": the network is the exact denoiser.
-        follow: for maps, the times by which the teacher is walked from a time on, down to 0. The
-            student inherits the bias of these steps, whole.
+        follow: for maps, the times by which the teacher is walked from a time on, down to 0, or to
+            where the student's step from that time leads. The student inherits the bias of these
+            steps, whole.
         solver: of the walk.
         straight: the student's own paths are straight: one step lands where many do.
         smooth: the student is compared by derivatives in time, or at all times at once, so that

@@ -1,4 +1,4 @@
-"""Pairs of times for consistency distillation, and the weights of its loss."""
+"""Pairs of times, targets and weights of what learns along the teacher's path."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from stepdistill.diffusion.process import Process
+
 Weight = Literal["one", "inverse_gap"]
+SnrWeight = Literal["truncated", "plus_one"]
 
 
 def ect_partner(t: Tensor, stage: int, q: float = 2.0) -> Tensor:
@@ -21,3 +24,20 @@ def ect_partner(t: Tensor, stage: int, q: float = 2.0) -> Tensor:
 def pair_weight(t: Tensor, r: Tensor, kind: Weight) -> Tensor:
     """1, or 1 / (t - r) as ECT and iCT weigh their pairs."""
     return torch.ones_like(t) if kind == "one" else 1 / (t - r).clamp_min(1e-4)
+
+
+def landing_estimate(x_t: Tensor, x_r: Tensor, t: Tensor, r: Tensor, process: Process) -> Tensor:
+    """The clean estimate with which one Euler step from x_t at times t [B] lands on x_r at r < t.
+
+    Source: progressive distillation (Salimans and Ho 2022), for any process; spec M1.
+    """
+    a, b = process.coefs(t).expand(x_t), process.coefs(r).expand(x_t)
+    share = b.sigma / a.sigma
+    return (x_r - share * x_t) / (b.alpha - share * a.alpha)
+
+
+def snr_weight(t: Tensor, process: Process, kind: SnrWeight) -> Tensor:
+    """Weight [B] of a clean estimate's square: max(snr, 1), or snr + 1, snr = alpha^2 / sigma^2."""
+    c = process.coefs(t)
+    snr = (c.alpha / c.sigma) ** 2
+    return snr.clamp_min(1.0) if kind == "truncated" else snr + 1

@@ -13,6 +13,7 @@ from stepdistill.diffusion.guidance import guided
 from stepdistill.diffusion.process import Process
 from stepdistill.diffusion.sampler import full, heun_step, move
 from stepdistill.diffusion.timesteps import Grid
+from stepdistill.losses.consistency import landing_estimate
 from stepdistill.oracles.mixture import Mixture
 from stepdistill.proof import measure
 from stepdistill.proof.rows import (
@@ -30,7 +31,11 @@ from stepdistill.proof.trial import Trial
 
 
 class Ideal(Denoiser):
-    """The fixed point of a map as a denoiser: the end of the teacher's walk from any state."""
+    """The fixed point of a map as a denoiser, by the end of the teacher's walk from any state.
+
+    A walk that ends before 0 is where one step leads: what is then estimated is the clean image
+    with which a step of the sampler lands there.
+    """
 
     def __init__(self, trial: Trial) -> None:
         oracle = trial.oracle
@@ -48,7 +53,12 @@ class Ideal(Denoiser):
         """Clean estimate [B, D] at one time for all."""
         (trial,) = self.trial
         assert trial.point.follow is not None
-        return walk(trial, x_t, trial.point.follow(float(t[0])), cond)
+        times = trial.point.follow(float(t[0]))
+        end = walk(trial, x_t, times, cond)
+        if times[-1] == 0:
+            return end
+        t, r = full(x_t, times[0]), full(x_t, times[-1])
+        return landing_estimate(x_t, end, t, r, self.process)
 
 
 def walk(trial: Trial, x_t: Tensor, times: Grid, cond: Cond) -> Tensor:

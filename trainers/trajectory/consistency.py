@@ -11,48 +11,27 @@ from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
 import torch
-from pydantic import AfterValidator, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 from torch import Tensor
 
 from stepdistill.data.batch import Batch
-from stepdistill.diffusion.denoiser import Denoiser
+from stepdistill.diffusion.denoiser import Denoiser, Prediction
 from stepdistill.diffusion.guidance import guided
-from stepdistill.diffusion.sampler import heun_step, move
-from stepdistill.diffusion.timesteps import Density, Grid, LogitNormal, uniform_grid
-from stepdistill.losses.consistency import Weight, ect_partner, pair_weight
+from stepdistill.diffusion.process import expand
+from stepdistill.diffusion.sampler import NoiseSource, heun_step, move
+from stepdistill.diffusion.timesteps import Grid
+from stepdistill.losses.consistency import Weight, pair_weight
 from stepdistill.losses.regression import Metric, distance, huber_constant
 from stepdistill.run.errors import UserError
+from stepdistill.run.plug import Plugged
 from stepdistill.run.ratios import sample_parts
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Loss, Pass, Trainer, Turn
+from stepdistill.trainers.beginning import renewed
 from stepdistill.trainers.fixed_point import FixedPoint, Proof
-from stepdistill.trainers.settings import Section, TrainConfig
-
-
-class ECTPairs(Section):
-    """Pairs r = t (1 - q^-(stage + 1)), whose gap shrinks from stage to stage."""
-
-    kind: Literal["ect"] = "ect"
-    q: float = Field(2.0, gt=1, description="base of the gap")
-    stages: int = Field(8, ge=1, description="stages of equal length over the run")
-    first: int = Field(0, ge=0, description="number of the first stage")
-    t: Density = Field(default_factory=LogitNormal, description="density of t")
-
-
-class GridPairs(Section):
-    """Neighbours on a grid of ``steps`` intervals, ``skip`` of them apart (LCM)."""
-
-    kind: Literal["grid"] = "grid"
-    steps: int = Field(32, ge=1, description="intervals of the teacher's grid")
-    skip: int = Field(1, ge=1, description="intervals between t and r")
-
-    @field_validator("skip")
-    @classmethod
-    def _within(cls, skip: int, info: ValidationInfo) -> int:
-        if skip > info.data.get("steps", skip):
-            raise PydanticCustomError("order", f"must not be above steps={info.data['steps']}")
-        return skip
+from stepdistill.trainers.settings import TrainConfig
+from stepdistill.trainers.trajectory.pairs import Ect, Pairs, Span
 
 
 def _ordered(span: tuple[float, float]) -> tuple[float, float]:
@@ -68,9 +47,7 @@ ScaleRange = Annotated[tuple[Scale, Scale], AfterValidator(_ordered)]
 class ConsistencyConfig(TrainConfig):
     """Settings of ``consistency``."""
 
-    pairs: Annotated[ECTPairs | GridPairs, Field(discriminator="kind")] = Field(
-        default_factory=ECTPairs, description="which times are compared"
-    )
+    pairs: Plugged[Pairs] = Field(default_factory=Ect, description="which times are compared")
     solver: Literal["euler", "heun", "data"] = Field(
         "euler", description="the teacher's step from t to r, or data: the image's own state at r"
     )
@@ -81,6 +58,11 @@ class ConsistencyConfig(TrainConfig):
     metric: Metric = Field("pseudo_huber", description="distance of the two estimates")
     huber_scale: float = Field(0.00054, gt=0, description="c = huber_scale sqrt(dimensions)")
     weight: Weight = Field("inverse_gap", description="one, or 1 / (t - r)")
+    scratch: bool = Field(
+        False,
+        description="begin with fresh weights, and not the teacher's; with solver=data nothing is "
+        "learnt of the teacher then but its shape (iCT)",
+    )
     guidance_range: ScaleRange | None = Field(
         None, description="guidance drawn uniformly a sample, instead of the constant one"
     )
@@ -92,14 +74,18 @@ class ConsistencyConfig(TrainConfig):
 
 
 class ConsistencyTrainer(Trainer):
-    """Discrete consistency distillation (Song et al. 2023; LCM; ECT's pairs), specs M2, M3, M5."""
+    """Discrete consistency: distillation (Song et al. 2023; LCM), ECT, iCT; specs M2 to M5.
+
+    iCT is ``scratch: true`` with ``solver: data`` and ``pairs: doubling``; ECT is ``solver: data``
+    with ``pairs: ect``, from the teacher's weights.
+    """
 
     Config = ConsistencyConfig
     config: ConsistencyConfig
     needs = "data"
     clips = True
-    noise = "fresh"
-    sizes = (1, 2, 4, 8)
+    noise: NoiseSource = "fresh"
+    sizes: tuple[int, ...] = (1, 2, 4, 8)
     proofs: ClassVar = {
         "grid": Proof(
             ("gaussian", "gmm1d", "classes"),
@@ -121,7 +107,7 @@ class ConsistencyTrainer(Trainer):
         """The student, and an average of it as the target where one is asked for.
 
         Raises:
-            UserError: guidance without a teacher's step.
+            UserError: guidance without a teacher's step, or a beginning that is not to be had.
         """
         c = self.config
         if c.solver == "data" and c.guided:
@@ -129,16 +115,19 @@ class ConsistencyTrainer(Trainer):
                 "guidance: solver=data asks the teacher nothing that could be guided; set "
                 "guidance=1 and no guidance_range"
             )
-        self.add_player("student", self.initial, c.optim, ema=True, total=c.steps)
+        if c.scratch and c.lora is not None:
+            raise UserError(
+                "lora: adapters change a trained network; set scratch=false or lora=null"
+            )
+        first = renewed(self.initial, c.seed) if c.scratch else self.initial
+        self.add_player("student", first, c.optim, ema=True, total=c.steps)
         self.target_net: Denoiser | None = None
         if c.target == "ema":
             self.target_net = self.denoiser("student").twin("target")
             self.target_params = self.target_net.own()
             for param in self.target_params:
                 param.requires_grad_(False)
-        if isinstance(c.pairs, GridPairs):
-            grid = uniform_grid(self.process, c.pairs.steps, self.start)
-            self.grid = torch.tensor(grid, device=self.device)
+        self.span = Span(self.process, self.start, c.steps, self.drawn, self.device)
 
     @property
     def fixed_point(self) -> FixedPoint:
@@ -152,15 +141,7 @@ class ConsistencyTrainer(Trainer):
 
     def chain(self, t: float) -> Grid:
         """Times from t to 0, each the partner of the one before, at the end of the run."""
-        pairs, times = self.config.pairs, [t]
-        if isinstance(pairs, GridPairs):
-            grid = self.grid.tolist()
-            place = min(range(len(grid)), key=lambda i: abs(grid[i] - t))
-            return (*grid[place : -1 : pairs.skip], 0.0)
-        last = pairs.first + pairs.stages - 1
-        while times[-1] > 1e-3 * self.top:
-            times.append(float(ect_partner(torch.tensor(times[-1]), last, pairs.q)))
-        return (*times, 0.0)
+        return self.config.pairs.chain(t, self.span)
 
     def turns(self, step: int) -> list[Turn]:
         """One player, one turn."""
@@ -168,13 +149,11 @@ class ConsistencyTrainer(Trainer):
 
     def times(self, batch: Batch, rng: Rng) -> tuple[Tensor, Tensor]:
         """The pair (t, r) of every sample [B], r < t."""
-        pairs = self.config.pairs
-        if isinstance(pairs, GridPairs):
-            place = rng.integers("t", batch.index, pairs.steps)
-            return self.grid[place], self.grid[(place + pairs.skip).clamp_max(pairs.steps)]
-        t = self.drawn(pairs.t, rng.uniform("t", batch.index))
-        stage = pairs.first + rng.step * pairs.stages // self.config.steps
-        return t, ect_partner(t, stage, pairs.q)
+        return self.config.pairs.draw(rng, batch.index, self.span)
+
+    def end(self, t: Tensor) -> Tensor:
+        """Where the estimates of states at times t [B] lie that are compared: the clean image."""
+        return torch.zeros_like(t)
 
     def loss(self, batch: Batch, rng: Rng) -> Loss:
         """Distance between the estimates at t and at r."""
@@ -182,6 +161,7 @@ class ConsistencyTrainer(Trainer):
         assert batch.x is not None
         student = self.denoiser("student")
         t, r = self.times(batch, rng)
+        end = self.end(t)
         z = self.z(batch, rng)
         x_t = self.process.noise(batch.x, z, t)
         with torch.no_grad():
@@ -189,8 +169,8 @@ class ConsistencyTrainer(Trainer):
                 x_r = self.process.noise(batch.x, z, r)
             else:
                 x_r = self.solve(x_t, t, r, batch, rng)
-            target = self.clean(self.target_net or student, x_r, r, batch)
-        estimate = self.clean(student, x_t, t, batch)
+            target = self.jump(self.target_net or student, x_r, r, end, batch)
+        estimate = self.jump(student, x_t, t, end, batch)
         delta = estimate - target
         c_huber = huber_constant(delta.shape, c.huber_scale)
         loss = (pair_weight(t, r, c.weight) * distance(delta, c.metric, c_huber)).mean()
@@ -207,11 +187,14 @@ class ConsistencyTrainer(Trainer):
             return heun_step(self.teacher, x_t, t, r, batch.cond, scale)
         return move(guided(self.teacher, x_t, t, batch.cond, scale), self.process, r)
 
-    def clean(self, den: Denoiser, x_t: Tensor, t: Tensor, batch: Batch) -> Tensor:
-        """The estimate of the clean image; at t = 0 the state itself."""
-        estimate = self.shown(den(x_t, t.clamp_min(self.process.t_min), batch.cond).x)
-        at_end = (t <= 0).reshape(-1, *(1,) * (x_t.dim() - 1))
-        return torch.where(at_end, x_t, estimate)
+    def jump(self, den: Denoiser, x_t: Tensor, t: Tensor, end: Tensor, batch: Batch) -> Tensor:
+        """The estimate of the state at times ``end`` [B]; where that is t, the state itself."""
+        pred = den(x_t, t.clamp_min(self.process.t_min), batch.cond)
+        return torch.where(expand(t <= end, x_t), x_t, self.landed(pred, end))
+
+    def landed(self, pred: Prediction, end: Tensor) -> Tensor:
+        """Where a prediction leads: its clean estimate."""
+        return self.shown(pred.x)
 
     def step(self, step: int, batch: Batch) -> dict[str, Tensor]:
         """See :meth:`Trainer.step`; then the ema target follows."""

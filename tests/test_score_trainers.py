@@ -48,6 +48,37 @@ def test_one_phase_of_one_step_is_dmd_to_the_bit(teacher, more) -> None:
     assert saved(phased)[1] == saved(dmd)[1]
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_one_phase_of_several_steps_is_dmd_with_predicted_noise(whole) -> None:
+    """Also in what the fake score learns: whole rollouts, or the images at drawn exits.
+
+    One walks by the sampler and the other by Euler steps, so they differ by rounding.
+    """
+    keys = {"critic_steps": 2, "critic_rollout": whole}
+    phased = make("phased_dmd", mlp_teacher(), levels=(1.0, 0.0), phase_steps=4, **keys)
+    dmd = make("dmd", mlp_teacher(), student_steps=4, noise="predicted", **keys)
+    assert phased.grids() == dmd.grids()
+    assert [p.count for p in phased.passes()] == [p.count for p in dmd.passes()]
+    for made in (phased, dmd):
+        run(made, 0, 4)
+    for role in ("student", "critic"):
+        pairs = zip(phased.players[role].params, dmd.players[role].params, strict=True)
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in pairs)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_whole_rollouts_are_what_the_sampler_makes(steps) -> None:
+    """And the fake score learns them; of one step they are the samples that it learns anyway."""
+    made = make("dmd", mlp_teacher(), student_steps=steps)
+    batch, rng = made.batch(0), Rng(5).at(0)
+    with torch.no_grad():
+        got = made.generate(batch, rng, exact=True).x
+        assert torch.equal(got, made.walk(batch, rng, None))
+    assert made.whole == (steps > 1)
+    made.student_loss(batch, rng)
+    assert (made.shared is None) == made.whole
+
+
 LAWS = [
     method.name
     for method in methods()

@@ -17,6 +17,7 @@ from stepdistill.oracles.denoiser import Oracle
 from stepdistill.run.assets import load_teacher
 from stepdistill.run.errors import UserError
 from stepdistill.run.rng import Rng
+from stepdistill.trainers.find import trainer
 from stepdistill.trainers.trajectory.pairs import Doubling, Span
 from tests.helpers import batch_of, make, mlp_teacher, run
 
@@ -41,7 +42,7 @@ def test_ict_doubles_its_intervals_in_eight_stages_of_equal_length() -> None:
     assert counts == [10, 20, 40, 80, 160, 320, 640, 1280]
     assert pairs.intervals(99, 800) == 10 and pairs.intervals(799, 800) == 1280
     odd = Doubling(first=10, last=50)
-    assert [odd.intervals(step, 3) for step in range(3)] == [10, 20, 40]
+    assert [odd.intervals(step, 4) for step in range(4)] == [10, 20, 40, 50]
 
 
 @pytest.mark.parametrize("process", [EDM(), RF()], ids=["edm", "rf"])
@@ -210,6 +211,13 @@ def test_a_student_of_segments_walks_the_teacher_s_whole_path() -> None:
         torch.testing.assert_close(got, whole, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["grid", "doubling"])
+def test_segments_that_do_not_end_on_the_pairs_grid_are_refused(kind) -> None:
+    pairs = {"kind": "grid", "steps": 6} if kind == "grid" else {"kind": kind, "last": 10}
+    with pytest.raises(UserError, match="student_steps=4: its steps begin at times"):
+        make("pcm", mlp_teacher(), student_steps=4, pairs=pairs)
+
+
 # Progressive -------------------------------------------------------------------------------------
 
 
@@ -238,8 +246,8 @@ def test_snr_weights() -> None:
     torch.testing.assert_close(snr_weight(t, RF(), "plus_one"), torch.tensor([1.0, 2.0, 10.0]))
 
 
-def test_two_steps_of_the_exact_teacher_multiply_by_two_cosines() -> None:
-    """And eight on the even trigonometric grid by cos(pi/16)^8 = .85623, whatever the stage."""
+def test_the_walk_that_is_distilled_multiplies_by_its_cosines() -> None:
+    """Eight steps on the even trigonometric grid by cos(pi/16)^8 = .85623."""
     process = Trig(STD)
     teacher = Oracle(process, "velocity", torch.zeros(1, 1), STD)
     made = make("progressive", teacher, first=8, steps=6)
@@ -256,6 +264,33 @@ def test_two_steps_of_the_exact_teacher_multiply_by_two_cosines() -> None:
     assert two.chain(times[4]) == times[4:] and two.chain(times[0]) == times[:5]
 
 
+class Stepper(Jumper):
+    """A student whose step on a grid of even times multiplies the state by gain(t, next time)."""
+
+    def __init__(self, teacher: Denoiser, count: int, gain: object) -> None:
+        super().__init__(teacher, self, gain)
+        self.count = count
+
+    def end(self, t: Tensor) -> Tensor:
+        return (t - 1 / self.count).clamp_min(0)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_a_stage_rests_where_its_student_makes_two_steps_of_one(stage) -> None:
+    """Of the teacher, then of the student before: Euler's product over the teacher's own grid."""
+    made = make("progressive", oracle(), first=8, steps=6, batch_size=64)
+    made.prepare(2 * stage)
+    if stage:
+        made.players["previous"].denoiser = Stepper(made.teacher, 8 >> stage, walked(8))
+    batch, rng = batch_of(made, 2 * stage), Rng(0).at(2 * stage)
+    losses = []
+    for count in (8, 16):
+        made.players["student"].denoiser = Stepper(made.teacher, 4 >> stage, walked(count))
+        losses.append(float(made.loss(batch, rng).value))
+    assert losses[0] < 1e-9
+    assert losses[1] > 1e-4
+
+
 def test_each_stage_s_teacher_is_the_student_before_and_guidance_is_learnt_once() -> None:
     made = make("progressive", mlp_teacher(), first=8, steps=9, guidance=3.0)
     sizes, before = [], None
@@ -270,6 +305,10 @@ def test_each_stage_s_teacher_is_the_student_before_and_guidance_is_learnt_once(
         before = [param.clone() for param in made.players["student"].averages]
     own = [(8, "teacher", 2), (4, "previous", 1), (2, "previous", 1)]
     assert sizes == [size for size in own for _ in range(3)]
+
+
+def test_a_resume_keeps_the_steps_that_stages_are_parts_of() -> None:
+    assert trainer("progressive").kept == ("steps",)
 
 
 @pytest.mark.parametrize(

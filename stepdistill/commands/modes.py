@@ -30,7 +30,7 @@ head. Modes: those with at least half of their weight, of 25. Least: share of th
 mode, as a part of its weight. Mass error: total variation of the modes' shares. Sliced W1: to the
 law, in its standard deviations. Near: share of samples within four standard deviations of a mode.
 Exits: the mass error of the images predicted at each of the four steps. Where it says so the fake
-score learns these, all four as one; else it learns what the sampler makes, the last of them."""
+score learns these, all of a phase as one; else what the sampler makes, which is the last."""
 
 
 def modes(

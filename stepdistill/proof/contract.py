@@ -160,7 +160,7 @@ def average_gap(trial: Trial) -> float:
     player = made.students()[-1]
     if player.ema is None:
         return 0.0
-    flat = _flat(player.params)
+    flat = _flat(player.weights)
     expected, updates = flat.clone(), 0
     for at in range(first, first + STEPS):
         step(trial, made, at)
@@ -168,8 +168,8 @@ def average_gap(trial: Trial) -> float:
             continue
         updates += 1
         decay = min(made.config.ema.decay, (1 + updates) / (10 + updates))
-        expected = decay * expected + (1 - decay) * _flat(player.params)
-    moved = (_flat(player.params) - flat).norm().clamp_min(1e-12)
+        expected = decay * expected + (1 - decay) * _flat(player.weights)
+    moved = (_flat(player.weights) - flat).norm().clamp_min(1e-12)
     return float((_flat(player.averages) - expected).norm() / moved)
 
 

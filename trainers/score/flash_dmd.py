@@ -23,7 +23,7 @@ from stepdistill.run.errors import UserError
 from stepdistill.run.plug import Plugged
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Loss, Pass, Turn
-from stepdistill.trainers.fixed_point import FixedPoint, Proof
+from stepdistill.trainers.fixed_point import Proof
 from stepdistill.trainers.score.engine import Sample
 from stepdistill.trainers.score.matching import Matching, MatchingConfig
 from stepdistill.trainers.score.opponent import DiscriminatorOptim, PictureConfig, PictureOpponent
@@ -106,11 +106,6 @@ class FlashDMDTrainer(Matching, GridTrainer):
             },
         ),
     }
-
-    @property
-    def fixed_point(self) -> FixedPoint:
-        """The data's law, by the fake score at noisy exits and by the discriminator at others."""
-        return FixedPoint("law", pooled=True, guided=self.config.guide.leads)
 
     @property
     def exits(self) -> int:

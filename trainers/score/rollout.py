@@ -24,13 +24,18 @@ class GridConfig(ScoreConfig):
     )
     critic_rollout: bool = Field(
         True,
-        description="train the fake score on what the sampler makes; false: on images predicted at "
-        "drawn exits, which the student is compared by (DMD2)",
+        description="in several steps, train fake score and head on what the sampler makes; false: "
+        "on images predicted at drawn exits, which the student is compared by (DMD2)",
     )
 
 
 class GridTrainer(ScoreTrainer):
-    """A student whose samples are the clean images predicted at a drawn exit of its grid."""
+    """A student whose samples are the clean images predicted at a drawn exit of its grid.
+
+    With ``critic_rollout`` fake score and head know the sampler's last step alone. Training rests
+    where that has the data's law; until then they pull earlier exits too, whose own law they do
+    not know, so that no divergence of it is lowered and no density ratio is exact there.
+    """
 
     config: GridConfig
     covers: ClassVar[bool] = False  # whether no mode of the data may be lost on the way

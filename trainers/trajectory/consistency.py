@@ -120,7 +120,7 @@ class ConsistencyTrainer(Trainer):
                 "lora: adapters change a trained network; set scratch=false or lora=null"
             )
         first = renewed(self.initial, c.seed) if c.scratch else self.initial
-        self.add_player("student", first, c.optim, ema=True, total=c.steps)
+        self.add_player("student", first, c.optim, ema=True, total=c.steps, copy=not c.scratch)
         self.target_net: Denoiser | None = None
         if c.target == "ema":
             self.target_net = self.denoiser("student").twin("target")

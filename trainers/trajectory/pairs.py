@@ -70,6 +70,10 @@ class Pairs(Plug):
     def chain(self, t: float, span: Span) -> Times:
         """Times from t to 0, each the partner of the one before, at the end of the run."""
 
+    def grid(self, span: Span) -> Tensor | None:
+        """The times that are compared at the end of the run; None where it is any."""
+        return None
+
 
 class Ect(Pairs):
     """Pairs r = t (1 - q^-(stage + 1)), whose gap shrinks from stage to stage (ECT)."""
@@ -113,7 +117,11 @@ class Grid(Pairs):
 
     def chain(self, t: float, span: Span) -> Times:
         """See :meth:`Pairs.chain`."""
-        return _from(t, span.grid(self.steps), self.skip)
+        return _from(t, self.grid(span), self.skip)
+
+    def grid(self, span: Span) -> Tensor:
+        """See :meth:`Pairs.grid`."""
+        return span.grid(self.steps)
 
 
 class Doubling(Pairs):
@@ -140,7 +148,7 @@ class Doubling(Pairs):
 
     def intervals(self, step: int, steps: int) -> int:
         """Intervals of the grid at a step of a run of so many."""
-        stages = int(math.log2(self.last / self.first)) + 1
+        stages = math.ceil(math.log2(self.last / self.first)) + 1
         return int(min(self.first * 2 ** (step * stages // steps), self.last))
 
     def draw(self, rng: Rng, index: Tensor, span: Span) -> tuple[Tensor, Tensor]:
@@ -152,7 +160,11 @@ class Doubling(Pairs):
 
     def chain(self, t: float, span: Span) -> Times:
         """See :meth:`Pairs.chain`."""
-        return _from(t, span.grid(self.intervals(span.steps - 1, span.steps)), 1)
+        return _from(t, self.grid(span), 1)
+
+    def grid(self, span: Span) -> Tensor:
+        """See :meth:`Pairs.grid`."""
+        return span.grid(self.intervals(span.steps - 1, span.steps))
 
 
 def _from(t: float, grid: Tensor, skip: int) -> Times:

@@ -16,6 +16,7 @@ from torch import Tensor
 from stepdistill.data.batch import Batch
 from stepdistill.diffusion.denoiser import Prediction
 from stepdistill.diffusion.timesteps import Grid
+from stepdistill.run.errors import UserError
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.fixed_point import Proof
 from stepdistill.trainers.trajectory.consistency import ConsistencyConfig, ConsistencyTrainer
@@ -33,7 +34,7 @@ class PCMTrainer(ConsistencyTrainer):
     """Phased consistency models (Wang et al. 2024) and multistep consistency (Heek et al. 2024).
 
     Spec M6. Here: pairs end at the segment's lower end; the loss of a jump to a noisy end keeps
-    the factor by which the estimate enters; no discriminator.
+    the factor by which the estimate enters; ``clip`` is the student's alone; no discriminator.
     """
 
     Config = PCMConfig
@@ -52,10 +53,21 @@ class PCMTrainer(ConsistencyTrainer):
     }
 
     def setup(self) -> None:
-        """See :meth:`ConsistencyTrainer.setup`."""
-        self.sizes = (self.config.student_steps,)
+        """See :meth:`ConsistencyTrainer.setup`.
+
+        Raises:
+            UserError: the student's steps begin at times that the pairs never have.
+        """
+        c = self.config
+        self.sizes = (c.student_steps,)
         super().setup()
-        self.milestones = self.span.grid(self.config.student_steps)
+        self.milestones = self.span.grid(c.student_steps)
+        grid = c.pairs.grid(self.span)
+        if grid is not None and (len(grid) - 1) % c.student_steps:
+            raise UserError(
+                f"student_steps={c.student_steps}: its steps begin at times that are not among "
+                f"the pairs' {len(grid) - 1} intervals; make these a multiple of it"
+            )
 
     def end(self, t: Tensor) -> Tensor:
         """The milestone below times t [B]: the lower end of their segments."""

@@ -40,12 +40,16 @@ class ProgressiveConfig(TrainConfig):
 
 
 class ProgressiveTrainer(Trainer):
-    """Progressive distillation (Salimans and Ho 2022), spec M1, in stages of equal length."""
+    """Progressive distillation (Salimans and Ho 2022), spec M1, in stages of equal length.
+
+    Here: each stage has the whole schedule of the learning rate, warm-up included.
+    """
 
     Config = ProgressiveConfig
     config: ProgressiveConfig
     needs = "data"
     clips = True
+    kept = ("steps",)  # stages are parts of them
     stage = 0
     proofs: ClassVar = {
         "eight to one": Proof(

@@ -23,7 +23,7 @@ KEYS = (  # that scripts rely on
     " checkpoint.every_steps checkpoint.keep resume data.on_error"
 ).split()
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
-NAMED = {f"{name}-digits": name for name in ("snoopi", "stream_r1", "sid_lsg")}
+NAMED = {f"{name}-digits": name for name in ("snoopi", "stream_r1", "sid_lsg", "ict", "ect")}
 """Configs of papers that are settings of another method."""
 METHODS = [method.name for method in methods()]
 
@@ -342,7 +342,7 @@ def _misfits(value: Any, rule: dict[str, Any], defs: dict[str, Any]) -> Any:
         (
             "consistency-digits",
             "pairs={kind: grid, steps: 4, skip: 5}",
-            "pairs.skip=5: must not be above steps=4",
+            "pairs={'kind': 'grid', 'steps': 4, 'skip': 5}: grid: skip: must not be above steps=4",
         ),
         (
             "phased_dmd-digits",

@@ -122,7 +122,8 @@ def one_cell_off() -> None:
 
     def later(self: Any, batch: Any, rng: Any) -> Any:
         t, r = times(self, batch, rng)
-        return t, (r - (self.grid[0] - self.grid[1])).clamp_min(0)
+        grid = self.config.pairs.grid(self.span)
+        return t, (r - (grid[0] - grid[1])).clamp_min(0)
 
     ConsistencyTrainer.times = later
 

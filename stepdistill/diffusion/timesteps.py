@@ -129,3 +129,8 @@ def regular_start(process: Process, head: str) -> float:
         return 1.0
     u = torch.arange(1001, dtype=torch.float64) / 1000
     return float(u[process.coefs(process.warp(u)).alpha >= 0.05].max())
+
+
+def nearest(grid: Grid, t: float) -> int:
+    """The place in a grid of the time nearest to t."""
+    return min(range(len(grid)), key=lambda i: abs(grid[i] - t))

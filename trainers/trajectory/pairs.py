@@ -17,7 +17,7 @@ from pydantic_core import PydanticCustomError
 from torch import Tensor
 
 from stepdistill.diffusion.process import Process
-from stepdistill.diffusion.timesteps import Density, LogitNormal, uniform_grid
+from stepdistill.diffusion.timesteps import Density, LogitNormal, nearest, uniform_grid
 from stepdistill.losses.consistency import ect_partner
 from stepdistill.run.plug import Plug
 from stepdistill.run.rng import Rng
@@ -169,6 +169,5 @@ class Doubling(Pairs):
 
 def _from(t: float, grid: Tensor, skip: int) -> Times:
     """The times of a grid from the one nearest to t on, ``skip`` intervals apart, to 0."""
-    times = grid.tolist()
-    place = min(range(len(times)), key=lambda i: abs(times[i] - t))
-    return (*times[place:-1:skip], 0.0)
+    times = tuple(grid.tolist())
+    return (*times[nearest(times, t) : -1 : skip], 0.0)

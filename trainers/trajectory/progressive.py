@@ -17,7 +17,7 @@ from stepdistill.data.batch import Batch
 from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.diffusion.guidance import guided
 from stepdistill.diffusion.sampler import move
-from stepdistill.diffusion.timesteps import Grid, uniform_grid
+from stepdistill.diffusion.timesteps import Grid, nearest, uniform_grid
 from stepdistill.losses.consistency import SnrWeight, landing_estimate, snr_weight
 from stepdistill.losses.regression import sum_square
 from stepdistill.run.errors import UserError
@@ -114,7 +114,7 @@ class ProgressiveTrainer(Trainer):
     def chain(self, t: float) -> Grid:
         """The teacher's times from t to where the student's step from there leads."""
         times = uniform_grid(self.process, self.config.first, self.start)
-        place = min(range(len(times)), key=lambda i: abs(times[i] - t))
+        place = nearest(times, t)
         stride = self.config.first // self.config.student_steps
         return times[place : place - place % stride + stride + 1]
 

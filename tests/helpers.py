@@ -68,7 +68,14 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "no_rollout": {"critic_rollout": False, "critic_steps": 2, "phase_steps": 3},
     },
     "reflow": {"huber": {}},
+    "rcm": {"guided": {"guidance": 1.5, "critic_steps": 2, "own_steps": 2}},
+    "sana_sprint": {"teacher": {"guidance": 1.5}},
+    "scm": {"difference": {"guidance": 1.5, "derivative": "difference", "normal": "clamp"}},
     "sida": {"adversarial": {"adversary": {"from_step": 0}}},
+    "tbcm": {
+        "walks": {"points": 2},
+        "plain tangent": {"points": 2, "adaptive": False, "guidance": 1.5},
+    },
     "sim": {"score": {}, "full": {"form": "full", "guidance": 1.5, "critic_steps": 2}},
 }
 """Settings of the contract tests beside those of a trainer's proofs: method -> variant -> config

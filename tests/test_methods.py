@@ -309,14 +309,14 @@ def test_guidance_needs_a_label_for_none(method, keys) -> None:
 # Cost ----------------------------------------------------------------------------------------
 
 
-Cost = dict[tuple[str, str, int], float]
+Cost = dict[tuple[str, str, float], float]
 
 
 def costs(made: Trainer, first: int, last: int) -> tuple[Cost, Cost]:
     """Forward passes a step of a trainer's networks, by role, kind and batch: as counted, and as
     declared at each step."""
-    counts: Counter[tuple[str, str, int]] = Counter()
-    told: Counter[tuple[str, str, int]] = Counter()
+    counts: Counter[tuple[str, str, float]] = Counter()
+    told: Counter[tuple[str, str, float]] = Counter()
 
     def hook(role: str) -> Any:
         def note(net: nn.Module, args: tuple[Any, ...], _: Any) -> None:
@@ -348,7 +348,7 @@ def costs(made: Trainer, first: int, last: int) -> tuple[Cost, Cost]:
 
 
 def declared(made: Trainer) -> Cost:
-    total: Counter[tuple[str, str, int]] = Counter()
+    total: Counter[tuple[str, str, float]] = Counter()
     for item in made.passes():
         total[item.role, item.kind, item.batch] += item.count
     return {key: count for key, count in total.items() if count}

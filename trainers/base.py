@@ -70,7 +70,8 @@ class Pass:
         kind: "forward" without a graph, "train" forward and backward to the weights, "input"
             forward and backward to the input only.
         count: how many times a step, on average.
-        batch: size of the batch it runs on, in batches of the config (2 where it is guided).
+        batch: size of the batch it runs on, in batches of the config: 2 where it is guided, a part
+            of 1 where one walk serves several samples.
         part: "whole"; "features", where the network is left after its last tap; or "tail", where
             what lies behind the last tap has no graph.
         taps: modules whose outputs are the features.
@@ -79,7 +80,7 @@ class Pass:
     role: str
     kind: Literal["forward", "train", "input"]
     count: float = 1
-    batch: int = 1
+    batch: float = 1
     part: Literal["whole", "features", "tail"] = "whole"
     taps: tuple[str, ...] = ()
 

@@ -24,6 +24,8 @@ class FixedPoint:
         straight: the student's own paths are straight: one step lands where many do.
         smooth: the student is compared by derivatives in time, or at all times at once, so that
             the small student of a proof is smooth in time.
+        sampled: each sample's target is right on average alone, so that the student is known as far
+            as a finite number of samples tells.
         tilt: from the law of the data to that whose teacher the student becomes, by a reward.
         pooled: only the moments of the images predicted at all steps of the grid together are
             given, since one fake score sees them as one; a step's own law may differ.
@@ -37,6 +39,7 @@ class FixedPoint:
     solver: Literal["euler", "heun"] = "euler"
     straight: bool = False
     smooth: bool = False
+    sampled: bool = False
     tilt: Callable[[Mixture], Mixture] | None = None
     pooled: bool = False
     levels: tuple[float, ...] = ()

@@ -202,4 +202,5 @@ def pass_line(item: Pass) -> str:
     """One network pass, in words."""
     kind = "to input" if item.kind == "input" else item.kind
     part = {"whole": "", "features": " for features", "tail": " by features"}[item.part]
-    return f"{item.role} {kind}{part} x {item.count:g}{' of 2B' if item.batch == 2 else ''}"
+    size = "" if item.batch == 1 else f" of {item.batch:.3g}B"
+    return f"{item.role} {kind}{part} x {item.count:g}{size}"

@@ -25,8 +25,9 @@ def bare(trainer: Trainer, item: Pass, batch: Batch) -> Callable[[], None]:
     z = trainer.z(batch, Rng(trainer.config.seed))
     t = torch.full((len(z),), 0.5 * trainer.process.t_max, device=z.device)
     cond = batch.cond
-    if item.batch == 2:
-        z, t, cond = torch.cat([z, z]), torch.cat([t, t]), cond.stack(cond)
+    if item.batch != 1:
+        rows = torch.arange(round(len(z) * item.batch), device=z.device) % len(z)
+        z, t, cond = z[rows], t[rows], cond.rows(rows)
     params = den.own()
 
     def call(x: Tensor) -> list[Tensor]:

@@ -17,7 +17,7 @@ from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Trainer
 from stepdistill.trainers.beginning import role_of
 
-Key = tuple[str, str, int, str]  # role, kind, batch and part of a pass
+Key = tuple[str, str, float, str]  # role, kind, batch and part of a pass
 STEPS = 6
 LONG = 1000  # steps of these runs as configured: no phase ends in the few that are taken
 
@@ -60,7 +60,7 @@ def counting(made: Trainer) -> Iterator[Counter[Key]]:
                 part = "features"
             elif kind != "forward" and not torch.is_grad_enabled():
                 part = "tail"
-            size = len(args[0]) // (made.config.batch_size // made.world)
+            size = len(args[0]) / (made.config.batch_size // made.world)
             counts[role, kind, size, part] += 1
 
         return note

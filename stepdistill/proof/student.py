@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -20,9 +19,7 @@ from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.oracles.denoiser import Oracle, OracleAdapter
 from stepdistill.run.rng import seeded
 
-Kind = Literal["table", "smooth", "series", "network"]
-
-TERMS = 8  # of a series
+Kind = Literal["table", "smooth", "spline", "network"]
 
 
 class Table(nn.Module):
@@ -69,6 +66,41 @@ class Smooth(nn.Module):
         basis = torch.cos((2 * t - 1).clamp(-1, 1).acos()[:, None] * order)
         row = torch.zeros(len(x), dtype=torch.long, device=x.device) if label is None else label
         return affine(torch.einsum("bk,bkm->bm", basis, self.maps[row]), x)
+
+
+class Spline(nn.Module):
+    """One affine map a class and knot, cubic B-splines of time: outputs [B, D] from x [B, D].
+
+    Its derivative in time is as smooth as what it must learn, and each time has its own four maps.
+
+    Args:
+        dim: coordinates D.
+        labels: labels that it knows, that of no class included; 0 for none.
+        cells: intervals between knots over [0, 1].
+    """
+
+    def __init__(self, dim: int, labels: int, cells: int = 12) -> None:
+        super().__init__()
+        self.dim, self.cells = dim, cells
+        self.maps = nn.Parameter(torch.zeros(max(1, labels), cells + 3, dim * (dim + 1)))
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
+        """See the class; t [B] in [0, 1]."""
+        place = (t * self.cells).clamp(0, self.cells)
+        low = place.long().clamp_max(self.cells - 1)
+        u = place - low
+        shares = torch.stack(
+            [
+                (1 - u) ** 3,
+                3 * u**3 - 6 * u**2 + 4,
+                -3 * u**3 + 3 * u**2 + 3 * u + 1,
+                u**3,
+            ],
+            dim=1,
+        )
+        row = torch.zeros_like(low) if label is None else label
+        near = low[:, None] + torch.arange(4, device=t.device)
+        return affine(torch.einsum("bk,bkm->bm", shares / 6, self.maps[row[:, None], near]), x)
 
 
 class Network(nn.Module):
@@ -158,8 +190,7 @@ def begin(oracle: Oracle, kind: Kind, *, fresh: bool = False, seed: int = 0) -> 
 
     Args:
         oracle: the teacher, of samples that are vectors.
-        kind: "table", "smooth" and "series", a smooth one of more terms, are affine in the state,
-            "network" is not.
+        kind: "table", "smooth" and "spline" are affine in the state, "network" is not.
         fresh: begin from nothing, not as the teacher.
         seed: of its hidden weights.
     """
@@ -169,7 +200,7 @@ def begin(oracle: Oracle, kind: Kind, *, fresh: bool = False, seed: int = 0) -> 
         kinds: dict[Kind, Callable[[int, int], nn.Module]] = {
             "table": Table,
             "smooth": Smooth,
-            "series": partial(Smooth, terms=TERMS),
+            "spline": Spline,
             "network": Network,
         }
         fix = kinds[kind](dim, labels)

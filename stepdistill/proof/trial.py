@@ -131,7 +131,7 @@ def run(
     point = _made(cls, teacher, proof, "table", {"steps": 1000}).fixed_point
     reached = teacher.guidance if point.guided else 1.0
     gaussian = form_at(teacher.oracle, reached) == "gaussian"
-    held: Kind = "smooth" if point.kind != "map" else "series" if point.smooth else "table"
+    held: Kind = "smooth" if point.kind != "map" else "spline" if point.smooth else "table"
     kind: Kind = held if gaussian else "network"
     recipe = (AFFINE if gaussian else NETWORK)[point.kind]
     steps = round(recipe["steps"] * proof.effort)

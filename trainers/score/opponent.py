@@ -89,13 +89,23 @@ class Opponent(ABC):
         loss: Tensor = self.config.loss.student(fake, real)
         return self.config.student * loss.sum(dim=1)
 
-    def loss(self, made: Tensor, batch: Batch, rng: Rng) -> dict[str, Tensor]:
-        """The discriminator's own loss and its parts, on samples that have no graph."""
+    def loss(
+        self, made: Tensor, batch: Batch, rng: Rng, wrong: Batch | None = None
+    ) -> dict[str, Tensor]:
+        """The discriminator's own loss and its parts, on samples that have no graph.
+
+        With ``wrong``, data under wrong conditions, half of the fake ones are those.
+        """
         assert batch.x is not None
         fake = self.logits(made, batch, rng)
         real = self.logits(batch.x, batch, rng, "real")
         loss: Tensor = self.config.loss.critic(real, fake).sum(dim=1).mean()
         parts = {"real": real.mean(), "fake": fake.mean()}
+        if wrong is not None:
+            assert wrong.x is not None
+            other = self.logits(wrong.x, wrong, rng, "wrong")
+            loss = (loss + self.config.loss.critic(real, other).sum(dim=1).mean()) / 2
+            parts["wrong"] = other.mean()
         if self.config.r1:
             near = self.logits(batch.x, batch, rng, "real", self.config.r1_noise)
             parts["r1"] = (real - near).square().sum(dim=1).mean()

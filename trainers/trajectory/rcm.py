@@ -1,0 +1,173 @@
+"""Score-regularised continuous-time consistency: sCM, and a pull on the student's own samples.
+
+sCM keeps to the teacher's flow and covers its modes; the gap of a fake score and the teacher at
+the student's samples, as in DMD, sharpens what a tangent of finite networks leaves blurred.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from stepdistill.data.batch import Batch
+from stepdistill.diffusion.denoiser import Prediction
+from stepdistill.diffusion.guidance import guided
+from stepdistill.diffusion.process import expand
+from stepdistill.diffusion.sampler import full
+from stepdistill.diffusion.timesteps import Density, LogitNormal
+from stepdistill.losses.continuous import field
+from stepdistill.losses.regression import mean_square
+from stepdistill.run.errors import UserError
+from stepdistill.run.ratios import gap_parts
+from stepdistill.run.rng import Rng
+from stepdistill.trainers.base import Loss, Pass, Turn
+from stepdistill.trainers.fixed_point import Proof
+from stepdistill.trainers.score.engine import CriticOptim
+from stepdistill.trainers.trajectory.scm import PLAIN, STEADY, UNIFORM, SCMConfig, SCMTrainer
+
+PUBLISHED = 0.01, 2.1e6  # weight of the pull, and the number of entries it was tuned for
+LEAST = 1e-5  # of the pull's normaliser
+
+
+class RCMConfig(SCMConfig):
+    """Settings of ``rcm``."""
+
+    adaptive: bool = Field(False, description="weigh times by a learned function of theirs")
+    critic: CriticOptim = Field(
+        default_factory=CriticOptim, description="the fake score's optimizer"
+    )
+    critic_steps: int = Field(4, ge=1, description="fake-score updates a student update")
+    alone: int = Field(
+        0, ge=0, description="steps at the start in which the student learns by the tangent alone"
+    )
+    regularizer: float | None = Field(
+        None,
+        ge=0,
+        description="weight of the pull; null: 0.01 sqrt(2.1e6 / entries of a sample), which "
+        "keeps its balance with a normalised tangent at any size",
+    )
+    own_steps: int = Field(4, ge=1, description="most steps of the student's own samples")
+    own_t: Density = Field(
+        default_factory=lambda: LogitNormal(mean=0.0, std=1.6),
+        description="times at which teacher and fake score are compared, and where walks go on",
+    )
+
+
+class RCMTrainer(SCMTrainer):
+    """rCM, spec M12, from its published code and paper.
+
+    Here: the tangent is sCM's, which differs where the derivative has not its whole weight yet,
+    and means over entries take the place of sums, in both parts.
+    """
+
+    Config = RCMConfig
+    config: RCMConfig
+    proofs: ClassVar = {
+        "both": Proof(
+            ("gaussian",), UNIFORM | {"critic_steps": 1, "optim": STEADY, "regularizer": 1.0}
+        ),
+        "plain tangent": Proof(
+            ("gmm1d",),
+            UNIFORM
+            | PLAIN
+            | {"critic_steps": 1, "optim": STEADY | {"lr": 1e-3}, "regularizer": 0.1},
+        ),
+    }
+
+    def setup(self) -> None:
+        """Student and fake score, both from the teacher.
+
+        Raises:
+            UserError: the fake score would never train.
+        """
+        super().setup()
+        c = self.config
+        if c.alone >= c.steps:
+            raise UserError(
+                f"alone={c.alone} leaves the fake score none of steps={c.steps}; lower it"
+            )
+        total = (c.steps - c.alone) * c.critic_steps
+        self.add_player("critic", self.initial, c.critic, ema=False, total=total)
+
+    @property
+    def regularizer(self) -> float:
+        """Weight of the pull."""
+        own, (weight, entries) = self.config.regularizer, PUBLISHED
+        if own is not None:
+            return own
+        return weight * math.sqrt(entries / math.prod(self.teacher.sample_shape))
+
+    @property
+    def by_samples(self) -> bool:
+        """See :attr:`SCMTrainer.by_samples`; the fake score learns of samples."""
+        return True
+
+    def turns(self, step: int) -> list[Turn]:
+        """The student alone at first; then its update, and those of the fake score."""
+        c = self.config
+        if step < c.alone:
+            return [Turn("student", self.loss)]
+        return [Turn("student", self.both)] + [Turn("critic", self.critic_loss)] * c.critic_steps
+
+    def both(self, batch: Batch, rng: Rng) -> Loss:
+        """The tangent's loss, and the pull on the student's samples."""
+        own = self.loss(batch, rng)
+        made = self.sampled(batch, rng, graph=True)
+        t = self.drawn(self.config.own_t, rng.uniform("own-t", batch.index))
+        x = made.detach()
+        x_t = self.process.noise(x, self.z(batch, rng, "own-e"), t)
+        with torch.no_grad():
+            fake = self.denoiser("critic")(x_t, t, batch.cond).x
+            real = guided(self.teacher, x_t, t, batch.cond, self.config.guidance).x
+            size = (x - real).abs().flatten(1).mean(dim=1).clamp_min(LEAST)
+            aim = x - (fake - real) / expand(size, x)
+        pull = mean_square(made - aim).mean()
+        logs = own.logs | {"gap": (fake - real).abs().mean(), "pull": pull}
+        return Loss(own.value + self.regularizer * pull, logs | gap_parts(fake, real, x, x))
+
+    def critic_loss(self, batch: Batch, rng: Rng) -> Loss:
+        """The fake score's velocity of the student's samples."""
+        with torch.no_grad():
+            x = self.sampled(batch, rng, graph=False)
+        t, e = self.drawn(self.config.own_t, rng.uniform("own-t", batch.index)), self.z(batch, rng)
+        x_t = self.process.noise(x, e, t)
+        k = self.process.coefs(t).expand(x_t)
+        pred = self.denoiser("critic")(x_t, t, batch.cond)
+        loss = mean_square(self.field(pred) - field(x, e, k, self.data)).mean()
+        return Loss(loss, {"loss": loss})
+
+    def sampled(self, batch: Batch, rng: Rng, *, graph: bool) -> Tensor:
+        """Samples of the student in a drawn number of steps, the last with a graph if any."""
+        student = self.denoiser("student")
+        steps = 1 + rng.integer("own-steps", self.config.own_steps)
+        z = self.z(batch, rng, "own-z")
+        t = full(z, float(self.top))
+        x_t = expand(self.process.coefs(t).sigma, z) * z
+        for place in range(1, steps):
+            with torch.no_grad():
+                x = student(x_t, t, batch.cond).x
+            later = self.drawn(self.config.own_t, rng.uniform(f"own-t-{place}", batch.index))
+            t = torch.minimum(t, later)
+            x_t = self.process.noise(x, self.z(batch, rng, f"own-e-{place}"), t)
+        with torch.set_grad_enabled(graph):
+            pred: Prediction = student(x_t, t, batch.cond)
+            return pred.x
+
+    def passes(self) -> list[Pass]:
+        """The tangent's, the walks, and those of the pull and the fake score."""
+        c, before = self.config, (self.config.own_steps - 1) / 2
+        return [
+            *super().passes(),
+            Pass("student", "train"),
+            Pass("critic", "forward"),
+            Pass("teacher", "forward", 1, 2 if c.guided else 1),
+            Pass("critic", "train", c.critic_steps),
+            Pass("student", "forward", before + c.critic_steps * (before + 1)),
+        ]
+
+
+TRAINER = RCMTrainer

@@ -1,0 +1,204 @@
+"""Continuous-time consistency (sCM): the clean estimate stays the same along the teacher's flow.
+
+The student's velocity is pulled along the tangent of its own clean estimate, a total derivative in
+time along the teacher's velocity (sCD) or along the line from image to noise (sCT), so that there
+is no step whose size would matter.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from stepdistill.data.batch import Batch
+from stepdistill.diffusion.denoiser import Prediction
+from stepdistill.diffusion.derivative import Way, along
+from stepdistill.diffusion.guidance import guided
+from stepdistill.diffusion.sampler import NoiseSource
+from stepdistill.diffusion.timesteps import Density, Grid, LogitNormal
+from stepdistill.losses.continuous import Angle, Normal, bounded, field, tangent
+from stepdistill.losses.regression import mean_square
+from stepdistill.run.errors import UserError
+from stepdistill.run.ratios import sample_parts
+from stepdistill.run.rng import Rng
+from stepdistill.trainers.base import Loss, Pass, Trainer, Turn
+from stepdistill.trainers.fixed_point import FixedPoint, Proof
+from stepdistill.trainers.settings import TrainConfig
+
+FOLLOWED = 64  # steps of the teacher's walk that stands for its flow
+STEADY = {"lr": 3e-3, "betas": (0.0, 0.99), "decay": "cosine", "clip": None}
+"""A proof's optimizer: with momentum, a target that is a derivative of what is trained swings."""
+UNIFORM = {"t": {"kind": "uniform"}}
+PLAIN = {"normal": "none", "cosine": False, "adaptive": False}
+"""In one dimension a normalised tangent is a sign; a weighted one hardly moves what is noisiest."""
+OCTAVES = 4  # of the log noise-to-signal ratio, in the loss's own weight
+
+
+class SCMConfig(TrainConfig):
+    """Settings of ``scm``."""
+
+    t: Density = Field(
+        default_factory=lambda: LogitNormal(mean=-1.0, std=1.4), description="density of times"
+    )
+    velocity: Literal["teacher", "data"] = Field(
+        "teacher", description="the path: the teacher's flow (sCD), or image to noise (sCT)"
+    )
+    sigma_data: float | None = Field(
+        None, gt=0, description="the data's standard deviation; null: as the process has it"
+    )
+    warmup: int = Field(
+        0, ge=0, description="steps over which the derivative grows to its whole weight"
+    )
+    cosine: bool = Field(
+        True, description="weigh the tangent by its angle's cosine (sCM), which is 0 at pure noise"
+    )
+    normal: Normal = Field("norm", description="how a tangent is kept small")
+    norm_floor: float = Field(0.1, gt=0, description="added to the norm that it is divided by")
+    adaptive: bool = Field(True, description="weigh times by a learned function of theirs")
+    derivative: Way = Field("jvp", description="forward mode, or a difference along the path")
+    difference_step: float = Field(
+        0.005, gt=0, le=0.5, description="of the difference, as a part of the largest time"
+    )
+
+
+class TimeWeight(nn.Module):
+    """A learned log weight [B] of times: linear in octaves of ln n, and 0 at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line = nn.Linear(2 * OCTAVES, 1)
+        nn.init.zeros_(self.line.weight)
+        nn.init.zeros_(self.line.bias)
+
+    def forward(self, at: Angle) -> Tensor:
+        """The log weight at angles."""
+        turn = torch.atan2(at.sin, at.cos)[:, None] * 2.0 ** torch.arange(
+            OCTAVES, device=at.cos.device
+        )
+        out: Tensor = self.line(torch.cat([turn.cos(), turn.sin()], dim=1))
+        return out[:, 0]
+
+
+class SCMTrainer(Trainer):
+    """sCM (Lu and Song 2024): sCD, and with ``velocity: data`` sCT; spec M9.
+
+    Here: in the network's own process and time, whatever they are, and without changes to it.
+    """
+
+    Config = SCMConfig
+    config: SCMConfig
+    needs: Literal["labels", "data", "pairs"] = "data"
+    noise: NoiseSource = "fresh"
+    sizes: tuple[int, ...] = (1, 2, 4, 8)
+    weigh: TimeWeight | None = None
+    proofs: ClassVar = {
+        "distillation": Proof(("gaussian", "classes"), UNIFORM | {"optim": STEADY}),
+        "plain tangent": Proof(("gmm1d",), UNIFORM | PLAIN | {"optim": STEADY | {"lr": 1e-3}}),
+        "training": Proof(
+            ("gaussian",),
+            UNIFORM | PLAIN | {"velocity": "data", "optim": STEADY},
+            effort=1.5,
+            batch=4,
+        ),
+    }
+
+    def setup(self) -> None:
+        """The student, and a weight of times.
+
+        Raises:
+            UserError: guidance along the data's own path.
+        """
+        c = self.config
+        if c.velocity == "data" and c.guided:
+            raise UserError(
+                "guidance: velocity=data asks the teacher nothing that could be guided; set "
+                "guidance=1"
+            )
+        if c.warmup >= c.steps:
+            raise UserError(
+                f"warmup={c.warmup}: the derivative would never have its whole weight in "
+                f"steps={c.steps}; lower it"
+            )
+        self.weigh = TimeWeight().to(self.device) if c.adaptive else None
+        self.add_player("student", self.initial, c.optim, ema=True, total=c.steps, extra=self.weigh)
+        self.data = c.sigma_data or self.process.sigma_data
+
+    @property
+    def fixed_point(self) -> FixedPoint:
+        """The teacher's flow, followed to its end."""
+        return FixedPoint(
+            "map", follow=self.chain, solver="heun", smooth=True, sampled=self.by_samples
+        )
+
+    @property
+    def by_samples(self) -> bool:
+        """Whether a sample's target is right on average alone."""
+        return self.config.velocity == "data"
+
+    def chain(self, t: float) -> Grid:
+        """Times from t to 0, so many that the walk is the flow."""
+        return tuple(t * (1 - i / FOLLOWED) for i in range(FOLLOWED + 1))
+
+    def turns(self, step: int) -> list[Turn]:
+        """One player, one turn."""
+        return [Turn("student", self.loss)]
+
+    def warmth(self, step: int) -> float:
+        """Weight of the derivative at a step."""
+        return min(1.0, (step + 1) / (self.config.warmup + 1))
+
+    def states(self, batch: Batch, rng: Rng) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """States x_t at times t [B], and the clean and noise parts x, z of the path's velocity."""
+        assert batch.x is not None
+        t, z = self.drawn(self.config.t, rng.uniform("t", batch.index)), self.z(batch, rng)
+        x_t = self.process.noise(batch.x, z, t)
+        if self.config.velocity == "data":
+            return x_t, t, batch.x, z
+        with torch.no_grad():
+            pred = guided(self.teacher, x_t, t, batch.cond, self.config.guidance)
+        return x_t, t, pred.x, pred.z
+
+    def loss(self, batch: Batch, rng: Rng) -> Loss:
+        """Pull the student's velocity along the tangent."""
+        return self.along(*self.states(batch, rng), batch, rng)
+
+    def along(self, x_t: Tensor, t: Tensor, x: Tensor, z: Tensor, batch: Batch, rng: Rng) -> Loss:
+        """The loss at states x_t [B, ...] and times t [B] of a path with parts x and z."""
+        c, student = self.config, self.denoiser("student")
+        at = Angle.of(self.process, t, self.data, cosine=c.cosine)
+        k = self.process.coefs(t).expand(x_t)
+        own, slope = along(
+            student,
+            x_t,
+            t,
+            batch.cond,
+            k.d_alpha * x + k.d_sigma * z,
+            self.field,
+            way=c.derivative,
+            step=c.difference_step * self.process.t_max,
+        )
+        raw = tangent(own, slope, field(x, z, k, self.data), x_t, at, self.warmth(rng.step))
+        pred = student(x_t, t, batch.cond)
+        each = mean_square(self.field(pred) - own - bounded(raw, c.normal, c.norm_floor))
+        loss, logs = each.mean(), {"tangent": raw.flatten(1).norm(dim=1).mean()}
+        if self.weigh is not None:
+            log_weight = self.weigh(at)
+            loss = (log_weight.exp() * each - log_weight).mean()
+        return Loss(loss, {"loss": loss} | logs | sample_parts(pred.x))
+
+    def field(self, pred: Prediction) -> Tensor:
+        """F of a prediction [B, ...]."""
+        return field(pred.x, pred.z, pred.c, self.data)
+
+    def passes(self) -> list[Pass]:
+        """The teacher's velocity, the derivative, and the student."""
+        calls = 1 if self.config.derivative == "jvp" else 2
+        asked = [Pass("teacher", "forward", 1, 2 if self.config.guided else 1)]
+        own = [Pass("student", "forward", calls), Pass("student", "train")]
+        return own if self.config.velocity == "data" else asked + own
+
+
+TRAINER = SCMTrainer

@@ -327,7 +327,7 @@ def costs(made: Trainer, first: int, last: int) -> tuple[Cost, Cost]:
                 kind = "input"
             else:
                 kind = "forward"
-            counts[role, kind, len(x) // made.config.batch_size] += 1
+            counts[role, kind, len(x) / made.config.batch_size] += 1
 
         return note
 

@@ -55,7 +55,7 @@ class TBCMTrainer(SCMTrainer):
     proofs: ClassVar = {
         "walks": Proof(("gaussian",), {"points": 4, "optim": STEADY}),
         "plain tangent": Proof(
-            ("gmm1d",), PLAIN | {"points": 16, "optim": STEADY | {"lr": 1e-3}}, batch=2
+            ("gmm1d",), PLAIN | {"points": 16, "optim": STEADY | {"lr": 1e-3}}, batch=2, effort=1.5
         ),
     }
 

@@ -34,12 +34,13 @@ def write_pipeline(
     overwrite: bool = False,
     check: Callable[[Path], None] | None = None,
     routes: Sequence[int] | None = None,
+    extra: Any = None,
 ) -> Path:
     """Write networks and scheduler as a folder that plain diffusers loads; returns ``out``.
 
     The folder holds model_index.json, model/ (model_2/ ... for experts) with config and safetensors
-    weights, scheduler/, pipeline.py and README.md. It is built beside ``out`` under a temporary
-    name, flushed to the disk and renamed.
+    weights, scheduler/, pipeline.py, README.md, and extra/ where the network is told further
+    numbers. It is built beside ``out`` under a temporary name, flushed to the disk and renamed.
 
     Args:
         out: the folder to write.
@@ -54,6 +55,7 @@ def write_pipeline(
         overwrite: replace a pipeline folder that is already there.
         check: is shown the folder before it takes its place; what it raises leaves ``out`` alone.
         routes: the place of each class's network, by label, where they are shared by classes.
+        extra: the embedding of the further numbers that the scheduler's grid tells the network.
 
     Raises:
         UserError: ``out`` is taken, or networks and scheduler do not fit together.
@@ -62,6 +64,7 @@ def write_pipeline(
     _check_fit(modules, scheduler, default_steps)
     if dtype is not None:
         modules = [nn.Module.to(copy.deepcopy(module), dtype) for module in modules]
+        extra = None if extra is None else nn.Module.to(copy.deepcopy(extra), dtype)
     pipeline = ImagePipeline(
         scheduler=scheduler,
         classes=classes,
@@ -69,6 +72,7 @@ def write_pipeline(
         null_label=null_label,
         default_guidance=default_guidance,
         routes=None if routes is None else {str(k): place for k, place in enumerate(routes)},
+        extra=extra,
         **dict(zip(MODEL_NAMES, modules, strict=False)),
     )
     with whole_folder(out) as folder:
@@ -82,7 +86,7 @@ def write_pipeline(
 
 def _tidy(folder: Path) -> None:
     """Take this machine's paths out of the configs and give the weights the other files' mode."""
-    for config in folder.glob("model*/config.json"):
+    for config in [*folder.glob("model*/config.json"), *folder.glob("extra/config.json")]:
         entries = json.loads(config.read_text(encoding="utf-8"))
         entries.pop("_name_or_path", None)
         config.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")

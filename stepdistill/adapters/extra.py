@@ -117,6 +117,7 @@ class Addition:
         self.extra, self.place = extra, place
 
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        """The output of a network's embedder, and what is added to it."""
         if self.extra.values is None:
             return output
         return output + self.extra(self.place).to(output.dtype)

@@ -101,6 +101,10 @@ class OracleAdapter(MLPAdapter):
         """The label that names no class."""
         return self.label_rows(net) or None
 
+    def embedders(self, net: nn.Module) -> tuple[str, ...]:
+        """None: the closed form embeds nothing."""
+        return ()
+
 
 class Oracle(Denoiser):
     """The exact denoiser of a Gaussian mixture, for a network's place; raw outputs are fp32.

@@ -15,7 +15,7 @@ from stepdistill.adapters.recompute import recompute
 from stepdistill.commands.export import literal_rows
 from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser
-from stepdistill.diffusion.derivative import along, slope
+from stepdistill.diffusion.derivative import along, drift, slope
 from stepdistill.diffusion.process import EDM, RF, VP, Process, Trig, expand
 from stepdistill.diffusion.sampler import full, move, sample
 from stepdistill.diffusion.timesteps import uniform_grid
@@ -33,7 +33,7 @@ from stepdistill.pipelines.verify import noise_from_seeds, verify_folder
 from stepdistill.proof.student import StudentAdapter
 from stepdistill.run.errors import UserError
 from stepdistill.run.rng import Rng
-from stepdistill.trainers.trajectory.jumps import Draw, drift
+from stepdistill.trainers.trajectory.jumps import Draw
 from tests.helpers import (
     batch_of,
     dit_teacher,

@@ -18,6 +18,11 @@ Way = Literal["jvp", "difference"]
 View = Callable[[Prediction], Tensor]
 
 
+def drift(pred: Prediction) -> Tensor:
+    """A prediction's velocity in rectified flow's coordinates, to be looked at."""
+    return pred.drift
+
+
 @torch.no_grad()
 def along(
     den: Denoiser,

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from stepdistill.data.batch import Batch
-from stepdistill.diffusion.derivative import slope
+from stepdistill.diffusion.derivative import drift, slope
 from stepdistill.diffusion.process import expand
 from stepdistill.diffusion.sampler import move
 from stepdistill.losses.flow_map import eulerian_gap, lagrangian_gap, two_steps
@@ -30,7 +30,6 @@ from stepdistill.trainers.trajectory.jumps import (
     Draw,
     JumpConfig,
     JumpTrainer,
-    drift,
 )
 
 SHORTEST = 1e-6  # of the ways of which a share is taken

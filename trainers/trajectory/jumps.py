@@ -11,8 +11,8 @@ from torch import Tensor
 
 from stepdistill.data.batch import Batch
 from stepdistill.diffusion.cond import Cond
-from stepdistill.diffusion.denoiser import Denoiser, Prediction
-from stepdistill.diffusion.derivative import Way, along
+from stepdistill.diffusion.denoiser import Denoiser
+from stepdistill.diffusion.derivative import Way, along, drift
 from stepdistill.diffusion.guidance import guided
 from stepdistill.diffusion.process import expand
 from stepdistill.diffusion.sampler import NoiseSource
@@ -86,11 +86,6 @@ class Draw:
     def still(self) -> Cond:
         """The conditions of steps without length."""
         return self.cond.ending(self.t)
-
-
-def drift(pred: Prediction) -> Tensor:
-    """The average velocity that a student says, in rectified flow's coordinates."""
-    return pred.drift
 
 
 class JumpTrainer(Trainer):

@@ -110,10 +110,9 @@ def _grid_text(grids: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         "alpha x + sigma z; each step solves for x and z and goes to the next row's alpha x + "
         "sigma n. The last step gives x."
     )
-    keys = ("time", "scale", "alpha", "sigma", "a", "b")
-    titles = ROW_TITLES
+    keys, titles = ["time", "scale", "alpha", "sigma", "a", "b"], list(ROW_TITLES)
     if any("end" in row for rows in grids.values() for row in rows):
-        keys, titles = (*keys, "end"), (*ROW_TITLES, "end")
+        keys, titles = [*keys, "end"], [*titles, "end"]
         lead += (
             " The network is also told, by the embedding in extra/, where the step ends: how far "
             "that is, in rectified flow's time."

@@ -27,6 +27,7 @@ from stepdistill.losses.flow_map import (
     two_steps,
 )
 from stepdistill.oracles.denoiser import Oracle
+from stepdistill.pipelines.card import model_card
 from stepdistill.pipelines.folder import write_pipeline
 from stepdistill.pipelines.literal_grid import LiteralGridScheduler
 from stepdistill.pipelines.verify import noise_from_seeds, verify_folder
@@ -352,11 +353,22 @@ def test_a_written_folder_tells_its_network_where_steps_end(teacher, dtype, tmp_
         classes=student.classes,
         null_label=student.null_label,
         default_steps=2,
-        card="",
+        card=model_card(
+            title="",
+            folder="",
+            teacher="",
+            method="",
+            data="",
+            command="",
+            default_steps=2,
+            grids=grids,
+        ),
         dtype=dtype,
         extra=scalars.held(student.net),
     )
     assert (out / "extra" / "extra.py").is_file()
+    card = (out / "README.md").read_text()
+    assert "told" in card and "| 1 | model | 1000 | 1 | 0 | 1 | -1 | 1 | 0.25 |" in card
     assert list(out.glob("extra/*.safetensors"))
     seeds, labels = [1, 2, 3], [0, 1, 2]
     z, cond = noise_from_seeds(seeds, student.sample_shape, 1)[0], Cond(torch.tensor(labels))

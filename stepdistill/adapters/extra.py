@@ -59,7 +59,7 @@ class ExtraEmbedding(ModelMixin, ConfigMixin):
             place: [first.in_features, first.out_features, last.out_features]
             for place, (first, last) in own.items()
         }
-        made = cls(list(numbers), sizes)
+        made: ExtraEmbedding = cls(list(numbers), sizes)
         with torch.no_grad():
             for name in numbers:
                 for place, (first, _) in enumerate(own.values()):
@@ -120,7 +120,8 @@ class Addition:
         """The output of a network's embedder, and what is added to it."""
         if self.extra.values is None:
             return output
-        return output + self.extra(self.place).to(output.dtype)
+        both: Tensor = output + self.extra(self.place).to(output.dtype)
+        return both
 
 
 def waves(value: Tensor, width: int) -> Tensor:

@@ -26,6 +26,7 @@ from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Loss, Pass, Turn
 from stepdistill.trainers.fixed_point import Proof
 from stepdistill.trainers.trajectory.jumps import (
+    CORNERS,
     STEADY,
     Draw,
     JumpConfig,
@@ -61,11 +62,17 @@ class FlowMapTrainer(JumpTrainer):
     Config = FlowMapConfig
     config: FlowMapConfig
     proofs: ClassVar = {
-        form: Proof(teachers, {"form": form, "diagonal": diagonal, "optim": STEADY}, effort=effort)
-        for form, diagonal, teachers, effort in (
-            ("lsd", 0.25, ("gaussian", "gmm1d"), 2.0),
-            ("esd", 0.25, ("gaussian",), 2.0),
-            ("psd_m", 0.5, ("gaussian", "gmm1d"), 2.0),
+        name: Proof(
+            ("gaussian",),
+            {"diagonal": 0.25, "t": CORNERS, "optim": STEADY, **keys},
+            effort=effort,
+            batch=4,
+        )
+        for name, effort, keys in (
+            ("lsd", 1.5, {"form": "lsd"}),
+            ("lsd, semi", 0.8, {"form": "lsd", "gradient": "semi"}),
+            ("esd, semi", 0.8, {"form": "esd", "gradient": "semi"}),
+            ("psd_m", 0.8, {"form": "psd_m"}),
         )
     }
 

@@ -27,6 +27,8 @@ from stepdistill.trainers.settings import TrainConfig
 FOLLOWED = 128  # Heun steps of the walk that stands for the exact flow in proofs
 STEADY = {"lr": 1e-2, "betas": (0.0, 0.99), "decay": "cosine", "clip": None}
 """A proof's optimizer: with momentum, a target that is a derivative of what is trained swings."""
+CORNERS = {"kind": "u_shaped", "a": 4.0}
+"""A proof's density of times: the longest steps, which are judged, are drawn as often as others."""
 
 
 class JumpConfig(TrainConfig):

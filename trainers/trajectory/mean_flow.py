@@ -23,7 +23,7 @@ from stepdistill.run.ratios import sample_parts
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Loss, Pass, Turn
 from stepdistill.trainers.fixed_point import Proof
-from stepdistill.trainers.trajectory.jumps import STEADY, Draw, JumpConfig, JumpTrainer
+from stepdistill.trainers.trajectory.jumps import CORNERS, STEADY, Draw, JumpConfig, JumpTrainer
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -65,9 +65,10 @@ class MeanFlowTrainer(JumpTrainer):
     config: MeanFlowConfig
     proofs: ClassVar = {
         "teacher": Proof(
-            ("gaussian", "gmm1d"),
-            {"t": {"kind": "uniform"}, "diagonal": 0.25, "power": 0.0, "optim": STEADY},
-            effort=2.0,
+            ("gaussian",),
+            {"t": CORNERS, "diagonal": 0.25, "power": 0.0, "optim": STEADY},
+            effort=0.8,
+            batch=4,
         ),
     }
 

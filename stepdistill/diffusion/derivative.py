@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -13,6 +14,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser, Prediction
 from stepdistill.diffusion.process import expand
+
+# What torch's own rules of forward mode are written in.
+warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
 
 Way = Literal["jvp", "difference"]
 View = Callable[[Prediction], Tensor]

@@ -38,9 +38,9 @@ def write_pipeline(
 ) -> Path:
     """Write networks and scheduler as a folder that plain diffusers loads; returns ``out``.
 
-    The folder holds model_index.json, model/ (model_2/ ... for experts) with config and safetensors
-    weights, scheduler/, pipeline.py, README.md, and extra/ where the network is told further
-    numbers. It is built beside ``out`` under a temporary name, flushed to the disk and renamed.
+    It holds model_index.json, model/ (model_2/ ... for experts; extra/ for further numbers) with
+    config and safetensors, scheduler/, pipeline.py and README.md, and is built beside ``out`` under
+    a temporary name, flushed to the disk and renamed.
 
     Args:
         out: the folder to write.
@@ -51,20 +51,17 @@ def write_pipeline(
         default_steps: number of steps when none is asked for.
         default_guidance: guidance scale when none is asked for.
         card: text of README.md.
-        dtype: dtype of the saved weights; None keeps each network's own.
+        dtype: dtype of the saved weights; None keeps their own.
         overwrite: replace a pipeline folder that is already there.
         check: is shown the folder before it takes its place; what it raises leaves ``out`` alone.
         routes: the place of each class's network, by label, where they are shared by classes.
-        extra: the embedding of the further numbers that the scheduler's grid tells the network.
+        extra: embeds the further numbers of the scheduler's grid.
 
     Raises:
         UserError: ``out`` is taken, or networks and scheduler do not fit together.
     """
     refuse_taken(out, overwrite)
     _check_fit(modules, scheduler, default_steps)
-    if dtype is not None:
-        modules = [nn.Module.to(copy.deepcopy(module), dtype) for module in modules]
-        extra = None if extra is None else nn.Module.to(copy.deepcopy(extra), dtype)
     pipeline = ImagePipeline(
         scheduler=scheduler,
         classes=classes,
@@ -72,8 +69,8 @@ def write_pipeline(
         null_label=null_label,
         default_guidance=default_guidance,
         routes=None if routes is None else {str(k): place for k, place in enumerate(routes)},
-        extra=extra,
-        **dict(zip(MODEL_NAMES, modules, strict=False)),
+        extra=_cast(extra, dtype),
+        **dict(zip(MODEL_NAMES, (_cast(module, dtype) for module in modules), strict=False)),
     )
     with whole_folder(out) as folder:
         pipeline.save_pretrained(folder, safe_serialization=True)
@@ -82,6 +79,13 @@ def write_pipeline(
         if check is not None:
             check(folder)
     return out
+
+
+def _cast(module: Any, dtype: torch.dtype | None) -> Any:
+    """A copy of a network in another dtype; itself where none is asked for, or there is none."""
+    if module is None or dtype is None:
+        return module
+    return nn.Module.to(copy.deepcopy(module), dtype)
 
 
 def _tidy(folder: Path) -> None:

@@ -25,6 +25,7 @@ from stepdistill.run.rng import seeded
 Kind = Literal["table", "smooth", "series", "network"]
 
 TERMS = 8  # of a series
+WIDE = 96  # hidden layers of networks that are told where a step ends, a function of more
 
 
 class Table(nn.Module):
@@ -157,7 +158,7 @@ class StudentAdapter(OracleAdapter):
         fix: Any = net.fix
         with seeded(0):
             net.fix = (
-                Network(fix.dim, fix.labels, ends=True)
+                Network(fix.dim, fix.labels, width=WIDE, ends=True)
                 if isinstance(fix, Network)
                 else Steps(fix.dim, len(fix.maps))
             )

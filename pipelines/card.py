@@ -110,14 +110,20 @@ def _grid_text(grids: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         "alpha x + sigma z; each step solves for x and z and goes to the next row's alpha x + "
         "sigma n. The last step gives x."
     )
-    keys = ("time", "scale", "alpha", "sigma", "a", "b")
+    keys, titles = ["time", "scale", "alpha", "sigma", "a", "b"], list(ROW_TITLES)
+    if any("end" in row for rows in grids.values() for row in rows):
+        keys, titles = [*keys, "end"], [*titles, "end"]
+        lead += (
+            " The network is also told, by the embedding in extra/, where the step ends: how far "
+            "that is, in rectified flow's time."
+        )
     tables = []
     for steps in sorted(grids, key=int):
         rows = [
             (i, "model" if row["expert"] == 0 else f"model_{row['expert'] + 1}")
-            + tuple(row[key] for key in keys)
+            + tuple(row.get(key, "") for key in keys)
             for i, row in enumerate(grids[steps], start=1)
         ]
         count = f"**{steps} step{'' if steps == '1' else 's'}**"
-        tables.append(f"{count}\n\n{table(ROW_TITLES, rows)}")
+        tables.append(f"{count}\n\n{table(titles, rows)}")
     return "\n\n".join((lead, *tables))

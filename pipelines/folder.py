@@ -34,12 +34,13 @@ def write_pipeline(
     overwrite: bool = False,
     check: Callable[[Path], None] | None = None,
     routes: Sequence[int] | None = None,
+    extra: Any = None,
 ) -> Path:
     """Write networks and scheduler as a folder that plain diffusers loads; returns ``out``.
 
-    The folder holds model_index.json, model/ (model_2/ ... for experts) with config and safetensors
-    weights, scheduler/, pipeline.py and README.md. It is built beside ``out`` under a temporary
-    name, flushed to the disk and renamed.
+    It holds model_index.json, model/ (model_2/ ... for experts; extra/ for further numbers) with
+    config and safetensors, scheduler/, pipeline.py and README.md, and is built beside ``out`` under
+    a temporary name, flushed to the disk and renamed.
 
     Args:
         out: the folder to write.
@@ -50,18 +51,17 @@ def write_pipeline(
         default_steps: number of steps when none is asked for.
         default_guidance: guidance scale when none is asked for.
         card: text of README.md.
-        dtype: dtype of the saved weights; None keeps each network's own.
+        dtype: dtype of the saved weights; None keeps their own.
         overwrite: replace a pipeline folder that is already there.
         check: is shown the folder before it takes its place; what it raises leaves ``out`` alone.
         routes: the place of each class's network, by label, where they are shared by classes.
+        extra: embeds the further numbers of the scheduler's grid.
 
     Raises:
         UserError: ``out`` is taken, or networks and scheduler do not fit together.
     """
     refuse_taken(out, overwrite)
     _check_fit(modules, scheduler, default_steps)
-    if dtype is not None:
-        modules = [nn.Module.to(copy.deepcopy(module), dtype) for module in modules]
     pipeline = ImagePipeline(
         scheduler=scheduler,
         classes=classes,
@@ -69,7 +69,8 @@ def write_pipeline(
         null_label=null_label,
         default_guidance=default_guidance,
         routes=None if routes is None else {str(k): place for k, place in enumerate(routes)},
-        **dict(zip(MODEL_NAMES, modules, strict=False)),
+        extra=_cast(extra, dtype),
+        **dict(zip(MODEL_NAMES, (_cast(module, dtype) for module in modules), strict=False)),
     )
     with whole_folder(out) as folder:
         pipeline.save_pretrained(folder, safe_serialization=True)
@@ -80,9 +81,16 @@ def write_pipeline(
     return out
 
 
+def _cast(module: Any, dtype: torch.dtype | None) -> Any:
+    """A copy of a network in another dtype; itself where none is asked for, or there is none."""
+    if module is None or dtype is None:
+        return module
+    return nn.Module.to(copy.deepcopy(module), dtype)
+
+
 def _tidy(folder: Path) -> None:
     """Take this machine's paths out of the configs and give the weights the other files' mode."""
-    for config in folder.glob("model*/config.json"):
+    for config in [*folder.glob("model*/config.json"), *folder.glob("extra/config.json")]:
         entries = json.loads(config.read_text(encoding="utf-8"))
         entries.pop("_name_or_path", None)
         config.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")

@@ -24,6 +24,7 @@ from diffusers.utils.torch_utils import randn_tensor
 FILE_NAME = "literal_grid.py"
 NOISE_SOURCES = ("predicted", "fresh", "initial")
 ROW_KEYS = ("time", "scale", "alpha", "sigma", "a", "b", "expert")
+TOLD_KEYS = ("end",)
 
 _SOURCE = Path(__file__).read_text(encoding="utf-8")
 
@@ -50,7 +51,8 @@ class LiteralGridScheduler(SchedulerMixin, ConfigMixin):
         grids: for each number of steps n, as text, n rows from the noisiest to the cleanest, each
             ``{"time", "scale", "alpha", "sigma", "a", "b", "expert"}``: the number the network is
             told, the factor on its input, the coefficients above, and which network runs (0 is
-            ``model``, 1 is ``model_2``, ...).
+            ``model``, 1 is ``model_2``, ...); and ``"end"``, the further number that says where the
+            step ends, for a network that is told.
         noise: where n comes from: ``predicted``, ``fresh`` or ``initial``.
         default_steps: the number of steps taken when none is asked for.
         clip: clamp every clean estimate to [-clip, clip]; None does not.
@@ -137,6 +139,11 @@ class LiteralGridScheduler(SchedulerMixin, ConfigMixin):
     def expert(self) -> int:
         """Which network the coming step needs, from 0."""
         return int(self._row()["expert"])
+
+    @property
+    def told(self) -> dict[str, float]:
+        """Further numbers, by name, that the coming step's network is told."""
+        return {key: self._row()[key] for key in TOLD_KEYS if key in self._row()}
 
     def scale_model_input(
         self, sample: torch.Tensor, timestep: float | torch.Tensor | None = None
@@ -263,9 +270,9 @@ def _checked(steps: str, rows: Sequence[Mapping[str, float]]) -> list[dict[str, 
     checked: list[dict[str, Any]] = []
     for i, row in enumerate(rows):
         where = f"grids[{steps!r}][{i}]"
-        if set(row) != set(ROW_KEYS):
+        if set(row) - set(TOLD_KEYS) != set(ROW_KEYS):
             raise ValueError(f"{where} has {sorted(row)}; a row is {', '.join(ROW_KEYS)}")
-        numbers = {key: float(row[key]) for key in ROW_KEYS}
+        numbers = {key: float(value) for key, value in row.items()}
         if not all(math.isfinite(number) for number in numbers.values()):
             raise ValueError(f"{where} has a number that is not finite")
         if numbers["alpha"] * numbers["b"] == numbers["sigma"] * numbers["a"]:

@@ -46,6 +46,10 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
             "critic_follows": 0.0,  # it would move the fake score whatever its gradient is
         },
     },
+    "flow_map": {
+        "images": {"form": "esd", "velocity": "data", "gradient": "semi", "diagonal": 0.5},
+        "divided anywhere": {"form": "psd_u", "guidance": 1.5, "diagonal": 0.5},
+    },
     "gdd": {"frozen": {"freeze": ("blocks.*",)}},
     "ladd": {"teacher": {"student_steps": 2, "discriminator_steps": 2, "adversary": {"r1": 1.0}}},
     "crd": {"tilted by a reward": {"group_size": 2, "student_steps": 2, "guidance": 1.5}},
@@ -57,6 +61,17 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
             "d_norm": True,
             "matching": 0.2,
             "distillation": 0.2,
+        },
+    },
+    "mean_flow": {
+        "guides itself": {"velocity": "data", "guidance": 2.0, "label_drop": 0.3},
+        "difference": {
+            "derivative": "difference",
+            "difference_step": 0.1,
+            "guidance": 1.5,
+            "diagonal": 0.5,
+            "power": 0.5,
+            "power_floor": 1.0,
         },
     },
     "opd": {

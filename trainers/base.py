@@ -228,6 +228,7 @@ class Trainer(ABC):
         frozen: bool = False,
         pace: float = 1.0,
         fixed: Iterable[str] = (),
+        bare: bool = False,
     ) -> Player:
         """Add a trained copy of ``source``, an adapter on it, or train itself.
 
@@ -247,6 +248,7 @@ class Trainer(ABC):
             extra=extra,
             frozen=frozen,
             pace=pace,
+            bare=bare,
         )
         self.players[name] = player
         if self.config.gradient_checkpointing and not frozen:

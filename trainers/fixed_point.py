@@ -21,6 +21,7 @@ class FixedPoint:
             where the student's step from that time leads. The student inherits the bias of these
             steps, whole.
         solver: of the walk.
+        ends: the student is told where a step ends, and lands where a fine walk by the solver does.
         straight: the student's own paths are straight: one step lands where many do.
         smooth: the student is compared by derivatives in time, or at all times at once, so that
             the small student of a proof is smooth in time.
@@ -37,6 +38,7 @@ class FixedPoint:
     kind: Literal["map", "law", "field"]
     follow: Callable[[float], Grid] | None = None
     solver: Literal["euler", "heun"] = "euler"
+    ends: bool = False
     straight: bool = False
     smooth: bool = False
     sampled: bool = False

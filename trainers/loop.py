@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from stepdistill.adapters import lora
+from stepdistill.adapters import lora, scalars
 from stepdistill.data.batch import Batch
 from stepdistill.run import bands, checkpoint
 from stepdistill.run.config import differences, digest, dump
@@ -213,6 +213,9 @@ class Loop:
                     with whole_folder(self.run / name) as temp:
                         net: Any = player.best.plain()
                         net.save_pretrained(temp, safe_serialization=True)
+                        extra = scalars.held(player.best.net)
+                        if extra is not None:
+                            extra.save_pretrained(temp / scalars.FOLDER, safe_serialization=True)
                         if player.best.lora is not None:
                             lora.save(player.best.net, player.best.lora, temp / "adapter")
                         for weights in temp.rglob("*.safetensors"):  # as readable as the rest

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
+
+from stepdistill.adapters import scalars
 
 
 class Adapter(ABC):
@@ -52,3 +55,27 @@ class Adapter(ABC):
     def blocks(self, net: nn.Module) -> tuple[str, ...]:
         """Names of modules whose outputs serve as features at several depths."""
         return self.taps(net)
+
+    def embedders(self, net: nn.Module) -> tuple[str, ...]:
+        """Names of the modules whose outputs are the network's embeddings of its time."""
+        return ()
+
+    def extend(self, net: nn.Module, numbers: Sequence[str]) -> None:
+        """Have a network, which nobody shares, be told further numbers; at first it heeds none.
+
+        Raises:
+            ValueError: it is not known how a network of its class embeds its time.
+        """
+        places = self.embedders(net)
+        if not places:
+            raise ValueError(f"it is not known where {type(net).__name__} embeds its time")
+        scalars.extend(net, numbers, places)
+
+    def numbers(self, net: nn.Module) -> tuple[str, ...]:
+        """The further numbers that a network is told."""
+        return scalars.numbers(net)
+
+    def telling(self, net: nn.Module, values: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        """Calls of the network in this context are told numbers [B], 0 to 1, by name."""
+        extra = scalars.held(net)
+        return nullcontext() if extra is None else extra.telling(values)

@@ -51,3 +51,11 @@ class DiTAdapter(Adapter):
         count = min(4, config.num_layers)
         places = [(k + 1) * config.num_layers // count - 1 for k in range(count)]
         return tuple(f"transformer_blocks.{place}" for place in places)
+
+    def embedders(self, net: nn.Module) -> tuple[str, ...]:
+        """One in every block; the first one's also modulates the output."""
+        config: Any = net.config
+        return tuple(
+            f"transformer_blocks.{place}.norm1.emb.timestep_embedder"
+            for place in range(config.num_layers)
+        )

@@ -94,3 +94,7 @@ class MLPAdapter(Adapter):
         """Every block."""
         config: Any = net.config
         return tuple(f"blocks.{place}" for place in range(config.depth))
+
+    def embedders(self, net: nn.Module) -> tuple[str, ...]:
+        """The only one."""
+        return ("time",)

@@ -49,3 +49,7 @@ class UNetAdapter(Adapter):
         config: Any = net.config
         down = range(len(config.down_block_types))
         return (*(f"down_blocks.{place}" for place in down), "mid_block")
+
+    def embedders(self, net: nn.Module) -> tuple[str, ...]:
+        """The only one."""
+        return ("time_embedding",)

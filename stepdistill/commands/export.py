@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stepdistill.adapters import scalars
 from stepdistill.commands.read import read_config
 from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser, Experts, Routed
@@ -69,7 +70,7 @@ def export(
     scheduler, seen = scheduler_of(trainer, default_steps(trainer, steps)), list[float]()
     write_pipeline(
         out,
-        [expert.net for expert in members(trainer.best())],
+        [expert.plain() for expert in members(trainer.best())],
         scheduler,
         classes=trainer.teacher.classes or None,
         null_label=trainer.teacher.null_label,
@@ -79,6 +80,7 @@ def export(
         overwrite=overwrite,
         check=lambda folder: seen.append(proven(trainer, folder, out, tolerance)),
         routes=routes(trainer),
+        extra=scalars.held(members(trainer.best())[0].net),
     )
     return seen[0]
 
@@ -154,15 +156,14 @@ def finished(run: Path) -> Trainer:
     trainer.prepare(config.steps)
     for name, player in trainer.players.items():
         if name.startswith("student"):
-            net: Any = type(player.denoiser.net)
-            loaded = net.from_pretrained(run / name, use_safetensors=True)
-            other = difference(loaded.state_dict(), player.best.net.state_dict())
+            loaded = scalars.saved(run / name, player.best.net)
+            other = difference(loaded, player.best.net.state_dict())
             if other is not None:
                 raise UserError(
                     f"{run / name} is another network than teacher={config.teacher} is now: "
                     f"{other}; set the teacher back to what it was"
                 )
-            player.best.net.load_state_dict(loaded.state_dict())
+            player.best.net.load_state_dict(loaded)
     return trainer
 
 
@@ -233,7 +234,7 @@ def members(den: Denoiser | Experts) -> list[Denoiser]:
 def literal_rows(den: Denoiser | Experts, grid: Grid) -> list[dict[str, float | int]]:
     """Each step of a grid as plain numbers: what the network is fed and what it means."""
     rows: list[dict[str, float | int]] = []
-    for level in grid[:-1]:
+    for level, end in zip(grid, grid[1:], strict=False):
         expert = den.at(level)
         process = expert.process
         t = torch.tensor([level])
@@ -250,6 +251,8 @@ def literal_rows(den: Denoiser | Experts, grid: Grid) -> list[dict[str, float | 
                 "expert": den.index_at(level) if isinstance(den, Experts) else 0,
             }
         )
+        if expert.ends:
+            rows[-1]["end"] = float(expert.way(t, torch.tensor([end])))
     return rows
 
 

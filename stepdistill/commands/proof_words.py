@@ -72,6 +72,8 @@ def theory(outcomes: Sequence[Outcome]) -> str:
         )
         if any(point.straight for point in maps):
             said[-1] += "; the paths there are straight, so that one step lands where many do"
+        if any(point.ends for point in maps):
+            said[-1] += "; told where a step ends, the student lands on that walk there"
     laws = [point for point in points if point.kind == "law"]
     if laws:
         said.append(

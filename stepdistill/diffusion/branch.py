@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from stepdistill.adapters import Adapter, lora
+from stepdistill.adapters import Adapter, lora, scalars
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -31,7 +31,7 @@ class Branch(nn.Module):
     def called(self) -> Callable[..., Any]:
         """What a call goes to: the network, or its wrapper, with this branch's adapter on."""
         lora.activate(self.net, self.lora)
-        return self._call or self.net
+        return self.net if self._call is None else self._call
 
     def branch(self, name: str | None) -> Self:
         """The same network with its adapter ``name``, or bare."""
@@ -45,6 +45,16 @@ class Branch(nn.Module):
         other = self.branch(None)
         other.net = lora.merged(self.net, self.lora).requires_grad_(True)
         other.fix(self.fixed)
+        return other
+
+    def ended(self) -> Self:
+        """A clone whose network is also told where a step ends; for now it does not heed it.
+
+        Raises:
+            ValueError: it is not known how its network embeds its time.
+        """
+        other = self.clone()
+        other.adapter.extend(other.net, ("end",))
         return other
 
     def fix(self, names: Iterable[str]) -> None:
@@ -92,7 +102,9 @@ class Branch(nn.Module):
             lora.remove(self.net, self.lora)
 
     def plain(self) -> nn.Module:
-        """A network of the original class with these weights: itself, or a merged copy."""
+        """A network of the original class with these weights: itself, or a plain copy."""
+        if scalars.held(self.net) is not None:
+            return scalars.plain(self.net)
         return lora.merged(self.net, self.lora) if lora.shared(self.net) else self.net
 
     def own(self) -> list[Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -15,9 +15,16 @@ class Cond:
 
     Args:
         label: class indices [B], int64, or None for an unconditional model.
+        end: the time at which the step ends [B], no later than the state's own, for networks that
+            are told; None: the state's own, a step of no length.
     """
 
     label: Tensor | None = None
+    end: Tensor | None = None
+
+    def ending(self, end: Tensor) -> Cond:
+        """The same conditions for steps that end at times [B]."""
+        return replace(self, end=end)
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Cond:
         """Apply ``fn`` to every tensor that is present."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -57,6 +57,11 @@ class Prediction:
     def clip(self, bound: float) -> None:
         """Clamp the clean estimate to [-bound, bound]; the noise estimate stays."""
         self.x = self.x.clamp(-bound, bound)
+
+    @property
+    def drift(self) -> Tensor:
+        """z - x: the velocity in rectified flow's coordinates, for every process and head."""
+        return self.z - self.x
 
     @property
     def velocity(self) -> Tensor:
@@ -162,8 +167,26 @@ class Denoiser(Branch):
         """The network's own output h [B, C, *S], in fp32."""
         scaled = self.process.scale_input(x_t, t)
         time = self.process.network_time(t)
-        h = self.adapter(self.called(), scaled, time, cond.label)
+        with self.told(t, cond):
+            h = self.adapter(self.called(), scaled, time, cond.label)
         return h[:, : x_t.shape[1]].float()
+
+    @property
+    def ends(self) -> bool:
+        """Whether the network is told where a step ends, by ``cond.end``."""
+        return "end" in self.adapter.numbers(self.net)
+
+    def told(self, t: Tensor, cond: Cond) -> AbstractContextManager[None]:
+        """Calls in this context are told where the step ends, where the network takes that."""
+        if not self.ends:
+            return nullcontext()
+        return self.adapter.telling(self.net, {"end": self.way(t, cond.end)})
+
+    def way(self, t: Tensor, end: Tensor | None) -> Tensor:
+        """The number [B] that says where steps end: their length in rectified flow's time."""
+        if end is None:
+            return torch.zeros_like(t)
+        return self.process.flow_time(t) - self.process.flow_time(end)
 
     def prediction(
         self, h: Tensor, x_t: Tensor, c: Coefs, features: dict[str, Tensor] | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -14,8 +15,16 @@ from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser, Prediction
 from stepdistill.diffusion.process import expand
 
+# What torch's own rules of forward mode are written in.
+warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
+
 Way = Literal["jvp", "difference"]
 View = Callable[[Prediction], Tensor]
+
+
+def drift(pred: Prediction) -> Tensor:
+    """A prediction's velocity in rectified flow's coordinates, to be looked at."""
+    return pred.drift
 
 
 @torch.no_grad()
@@ -33,8 +42,10 @@ def along(
     """A view of what ``den`` says of x_t, and its derivative in t along dx_t/dt = velocity.
 
     The network is called itself and not by its wrapper, in fp32 also within autocast, and nothing
-    here has a graph. Forward mode is one call, with attention in its plain form; the difference
-    is two, of first order in its step.
+    here has a graph. Forward mode is one call, see :func:`slope`; the difference is two, of first
+    order in its step.
+
+    Where steps of ``cond`` end stays as it is.
 
     Args:
         den: the network.
@@ -52,15 +63,64 @@ def along(
         return view(den(state, time, cond))
 
     x_t, t, velocity = x_t.float(), t.float(), velocity.float()
+    if way == "jvp":
+        return slope(den, x_t, t, cond, view, d_x=velocity, d_t=torch.ones_like(t))
     with _bare(den), torch.autocast(x_t.device.type, enabled=False):
-        if way == "jvp":
-            with sdpa_kernel(SDPBackend.MATH):
-                both: Any = torch.func.jvp(at, (x_t, t), (velocity, torch.ones_like(t)))
-            return both[0], both[1]
-        h = t.clamp_max(step).clamp_min(1e-6)
+        room = t if cond.end is None else t - cond.end
+        h = room.clamp_max(step).clamp_min(1e-6)
         wide = expand(h, x_t)
         value = at(x_t, t)
         return value, (value - at(x_t - wide * velocity, (t - h).clamp_min(0))) / wide
+
+
+def slope(
+    den: Denoiser,
+    x_t: Tensor,
+    t: Tensor,
+    cond: Cond,
+    view: View,
+    *,
+    d_x: Tensor | None = None,
+    d_t: Tensor | None = None,
+    d_end: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A view of what ``den`` says of x_t, and its derivative in a direction, by forward mode.
+
+    One call of the network itself and not of its wrapper, in fp32 also within autocast, with
+    attention in its plain form. Where gradients are kept both results have a graph.
+
+    Args:
+        den: the network.
+        x_t: states [B, ...] at times t [B].
+        cond: the conditions, among them where steps end.
+        view: what is looked at of a prediction: [B, ...].
+        d_x: the direction's part in states [B, ...]; None is 0, as of the others.
+        d_t: its part in times [B].
+        d_end: its part in the times at which steps end [B].
+
+    Returns:
+        The view and its derivative, each [B, ...].
+    """
+    points = {"x_t": (x_t, d_x), "t": (t, d_t), "end": (cond.end, d_end)}
+    moved = {
+        name: (point.float(), way.float())
+        for name, (point, way) in points.items()
+        if point is not None and way is not None
+    }
+
+    def at(*given: Tensor) -> Tensor:
+        here = dict(zip(moved, given, strict=True))
+        told = cond.ending(here["end"]) if "end" in here else cond
+        return view(den(here.get("x_t", x_t.float()), here.get("t", t.float()), told))
+
+    starts, ways = zip(*moved.values(), strict=True)
+    with (
+        _bare(den),
+        torch.autocast(x_t.device.type, enabled=False),
+        sdpa_kernel(SDPBackend.MATH),
+    ):
+        both: Any = torch.func.jvp(at, starts, ways)
+    return both[0], both[1]
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -40,7 +41,8 @@ def guided(
         return den(x_t, t, cond, taps=taps, tail=tail)  # type: ignore[no-any-return]
     if den.null_label is None:
         raise ValueError("guidance: the teacher has no label that means 'no class'; set it to 1.0")
-    null = cond.map(lambda label: torch.full_like(label, int(den.null_label or 0)))
+    label = cond.label
+    null = replace(cond, label=None if label is None else torch.full_like(label, den.null_label))
     x_t = x_t.float()
     with den.tapped(taps, tail) as features:
         both = den.raw(torch.cat([x_t, x_t]), torch.cat([t, t]), cond.stack(null))

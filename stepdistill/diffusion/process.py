@@ -59,6 +59,16 @@ class Process(ABC):
         c = self.coefs(t)
         return 2 * (c.alpha.log() - c.sigma.log())
 
+    def flow_time(self, t: Tensor) -> Tensor:
+        """Rectified flow's time of the same log-SNR: sigma / (alpha + sigma), 0 to 1."""
+        c = self.coefs(t)
+        return c.sigma / (c.alpha + c.sigma)
+
+    def flow_rate(self, t: Tensor) -> Tensor:
+        """The derivative of :meth:`flow_time` in t."""
+        c = self.coefs(t)
+        return (c.alpha * c.d_sigma - c.sigma * c.d_alpha) / (c.alpha + c.sigma) ** 2
+
     def noise(self, x: Tensor, z: Tensor, t: Tensor) -> Tensor:
         """The noisy sample alpha x + sigma z [B, ...] at times t [B]."""
         c = self.coefs(t).expand(x)

@@ -77,7 +77,9 @@ def sample(
     process = den.process
     x_t = expand(process.coefs(full(z, grid[0])).sigma, z) * z
     for i in range(len(grid) - 1 if stop is None else stop):
-        pred = guided(den.at(grid[i]), x_t, full(z, grid[i]), cond, guidance)
+        owner = den.at(grid[i])
+        told = cond.ending(full(z, grid[i + 1])) if owner.ends else cond
+        pred = guided(owner, x_t, full(z, grid[i]), told, guidance)
         if clip is not None:
             pred.clip(clip)
         if grid[i + 1] == 0:

@@ -101,6 +101,10 @@ class OracleAdapter(MLPAdapter):
         """The label that names no class."""
         return self.label_rows(net) or None
 
+    def embedders(self, net: nn.Module) -> tuple[str, ...]:
+        """None: the closed form embeds nothing."""
+        return ()
+
 
 class Oracle(Denoiser):
     """The exact denoiser of a Gaussian mixture, for a network's place; raw outputs are fp32.
@@ -182,7 +186,7 @@ class Oracle(Denoiser):
     def raw(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """See :meth:`Denoiser.raw`; the closed form takes the state and time as they are."""
         with torch.autocast(x_t.device.type, enabled=False):
-            return self.adapter(self._call or self.net, x_t.float(), t, cond.label).float()
+            return self.adapter(self.called(), x_t.float(), t, cond.label).float()
 
     def exact(
         self, x_t: Tensor, t: Tensor, cond: Cond | None = None, guidance: float = 1.0

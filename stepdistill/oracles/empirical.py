@@ -171,4 +171,4 @@ class Empirical(Denoiser):
     def raw(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """See :meth:`Denoiser.raw`; the closed form takes the state and time as they are."""
         with torch.autocast(x_t.device.type, enabled=False):
-            return self.adapter(self._call or self.net, x_t.float(), t, cond.label).float()
+            return self.adapter(self.called(), x_t.float(), t, cond.label).float()

@@ -12,7 +12,7 @@ from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.diffusion.guidance import guided
 from stepdistill.diffusion.process import Process
 from stepdistill.diffusion.sampler import full, heun_step, move
-from stepdistill.diffusion.timesteps import Grid
+from stepdistill.diffusion.timesteps import Grid, grid_between
 from stepdistill.losses.consistency import landing_estimate
 from stepdistill.oracles.mixture import Mixture
 from stepdistill.proof import measure
@@ -29,12 +29,14 @@ from stepdistill.proof.rows import (
 )
 from stepdistill.proof.trial import Trial
 
+WALKED = 128  # steps of the walk to where a student is told that its own step ends
+
 
 class Ideal(Denoiser):
     """The fixed point of a map as a denoiser, by the end of the teacher's walk from any state.
 
     A walk that ends before 0 is where one step leads: what is then estimated is the clean image
-    with which a step of the sampler lands there.
+    with which a step of the sampler lands there. It is told where steps end if the student is.
     """
 
     def __init__(self, trial: Trial) -> None:
@@ -49,11 +51,18 @@ class Ideal(Denoiser):
         )
         self.trial = (trial,)
 
+    @property
+    def ends(self) -> bool:
+        """See :attr:`Denoiser.ends`."""
+        return self.trial[0].point.ends
+
     def raw(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """Clean estimate [B, D] at one time for all."""
         (trial,) = self.trial
         assert trial.point.follow is not None
         times = trial.point.follow(float(t[0]))
+        if cond.end is not None:
+            times = grid_between(float(t[0]), float(cond.end[0]), WALKED, self.process)
         end = walk(trial, x_t, times, cond)
         if times[-1] == 0:
             return end

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -17,9 +18,12 @@ from torch import Tensor, nn
 
 from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.oracles.denoiser import Oracle, OracleAdapter
+from stepdistill.proof.steps import Steps
 from stepdistill.run.rng import seeded
 
 Kind = Literal["table", "smooth", "spline", "network"]
+
+WIDE = 96  # hidden layers of networks that are told where a step ends, a function of more
 
 
 class Table(nn.Module):
@@ -110,21 +114,25 @@ class Network(nn.Module):
         dim: coordinates D.
         labels: labels that it knows, that of no class included; 0 for none.
         width: of the hidden layers.
+        ends: whether it is told where a step ends.
     """
 
-    def __init__(self, dim: int, labels: int, width: int = 64) -> None:
+    def __init__(self, dim: int, labels: int, width: int = 64, ends: bool = False) -> None:
         super().__init__()
-        self.dim, self.labels = dim, labels
-        sizes = [dim + 4 + labels, width, width, width]
+        self.dim, self.labels, self.ends = dim, labels, ends
+        sizes = [dim + (8 if ends else 4) + labels, width, width, width]
         pairs = zip(sizes, sizes[1:], strict=False)
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairs)
         self.leave = nn.Linear(width, dim)
         nn.init.zeros_(self.leave.weight)
         nn.init.zeros_(self.leave.bias)
 
-    def forward(self, x: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
-        """See the class; t [B] in [0, 1]."""
-        angle = math.pi * t[:, None] * torch.tensor([1.0, 2.0], device=t.device)
+    def forward(
+        self, x: Tensor, t: Tensor, label: Tensor | None, way: Tensor | None = None
+    ) -> Tensor:
+        """See the class; t [B] and the step's length, way [B], in [0, 1]."""
+        times = torch.stack([t] if way is None else [t, t - way], dim=1)
+        angle = math.pi * torch.cat([times, 2 * times], dim=1)
         parts = [x, angle.sin(), angle.cos()]
         if self.labels and label is not None:
             parts.append(nn.functional.one_hot(label, self.labels).to(x))
@@ -154,6 +162,7 @@ class Corrected(nn.Module):
     def __init__(self, base: nn.Module | None, fix: nn.Module, span: float) -> None:
         super().__init__()
         self.held, self.fix, self.span = (base,), fix, span  # the tuple keeps it out of the tree
+        self.values: Mapping[str, Tensor] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Corrected:
         return Corrected(self.held[0], copy.deepcopy(self.fix, memo), self.span)
@@ -165,7 +174,8 @@ class Corrected(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         """Raw output [B, D] at states [B, D] and process times [B]."""
-        fix: Tensor = self.fix(x_t, t / self.span, label)
+        told = () if self.values is None else (self.values["end"],)
+        fix: Tensor = self.fix(x_t, t / self.span, label, *told)
         return fix if self.held[0] is None else self.held[0](x_t, t, label) + fix
 
 
@@ -176,13 +186,39 @@ class StudentAdapter(OracleAdapter):
         """(D,)."""
         return tuple(net.shape)  # type: ignore[arg-type]
 
+    def extend(self, net: nn.Module, numbers: Sequence[str]) -> None:
+        """See :meth:`Adapter.extend`: its correction becomes one that is told; it is still 0."""
+        fix: Any = net.fix
+        with seeded(0):
+            net.fix = (
+                Network(fix.dim, fix.labels, width=WIDE, ends=True)
+                if isinstance(fix, Network)
+                else Steps(fix.dim, len(fix.maps))
+            )
+
+    def numbers(self, net: nn.Module) -> tuple[str, ...]:
+        """See :meth:`Adapter.numbers`."""
+        fix = net.fix
+        told = isinstance(fix, Steps) or (isinstance(fix, Network) and fix.ends)
+        return ("end",) if told else ()
+
+    @contextmanager
+    def telling(self, net: Any, values: Mapping[str, Tensor]) -> Iterator[None]:
+        """See :meth:`Adapter.telling`."""
+        net.values = values
+        try:
+            yield
+        finally:
+            net.values = None
+
 
 class Student(Denoiser):
     """A small network that is given the state and the process's own time as they are."""
 
     def raw(self, x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
         """See :meth:`Denoiser.raw`."""
-        return self.adapter(self.called(), x_t, t, cond.label).float()
+        with self.told(t, cond):
+            return self.adapter(self.called(), x_t, t, cond.label).float()
 
 
 def begin(oracle: Oracle, kind: Kind, *, fresh: bool = False, seed: int = 0) -> Student:

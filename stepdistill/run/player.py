@@ -60,6 +60,7 @@ class Player:
         extra: a module that trains along, such as an adversarial head.
         frozen: train ``extra`` alone; the network is only used.
         pace: learning rate of ``extra``, as a multiple of the network's.
+        bare: the network is called past its wrapper in its own turns, as derivatives do.
     """
 
     def __init__(
@@ -73,9 +74,10 @@ class Player:
         extra: nn.Module | None = None,
         frozen: bool = False,
         pace: float = 1.0,
+        bare: bool = False,
     ) -> None:
         self.name, self.denoiser, self.config, self.total = name, denoiser, config, total
-        self.extra, self.frozen, self.pace = extra, frozen, pace
+        self.extra, self.frozen, self.pace, self.bare = extra, frozen, pace, bare
         self.reduce: Callable[[list[Tensor]], None] | None = None
         self.weights: list[Tensor] = [] if frozen else denoiser.own()
         self.params = [*self.weights, *(extra.parameters() if extra is not None else ())]

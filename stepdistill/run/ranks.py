@@ -93,10 +93,11 @@ class Processes:
         """Average the player's gradients over processes, and compile it, where asked for.
 
         A player with an extra module calls its network past the wrapper, to take features from
-        it, and an adapter's network is others' too: their gradients are averaged by themselves.
+        it, as a bare one does, and an adapter's network is others' too: their gradients are
+        averaged by themselves.
         """
         net: Any = player.denoiser.net
-        if player.extra is not None or player.denoiser.lora is not None:
+        if player.bare or player.extra is not None or player.denoiser.lora is not None:
             player.reduce = self.average if self.world > 1 else None
             return
         if self.compiled:

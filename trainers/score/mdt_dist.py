@@ -14,8 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from stepdistill.data.batch import Batch
-from stepdistill.diffusion.denoiser import Prediction
-from stepdistill.diffusion.derivative import Way, along
+from stepdistill.diffusion.derivative import Way, along, drift
 from stepdistill.diffusion.guidance import guided
 from stepdistill.diffusion.process import expand
 from stepdistill.diffusion.sampler import full
@@ -56,11 +55,6 @@ class MDTDistConfig(TrainConfig):
     noise: Literal["predicted", "fresh"] = Field(
         "predicted", description="what the sampler's steps end with, where there are several"
     )
-
-
-def drift(pred: Prediction) -> Tensor:
-    """The velocity z - x in rectified flow's coordinates, whatever the process and the head."""
-    return pred.z - pred.x
 
 
 class MDTDistTrainer(Trainer):

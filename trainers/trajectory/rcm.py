@@ -27,7 +27,7 @@ from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Loss, Pass, Turn
 from stepdistill.trainers.fixed_point import Proof
 from stepdistill.trainers.score.engine import CriticOptim
-from stepdistill.trainers.trajectory.scm import PLAIN, STEADY, UNIFORM, SCMConfig, SCMTrainer
+from stepdistill.trainers.trajectory.scm import STEADY, UNIFORM, SCMConfig, SCMTrainer
 
 PUBLISHED = 0.01, 2.1e6  # weight of the pull, and the number of entries it was tuned for
 LEAST = 1e-5  # of the pull's normaliser
@@ -69,12 +69,6 @@ class RCMTrainer(SCMTrainer):
     proofs: ClassVar = {
         "both": Proof(
             ("gaussian",), UNIFORM | {"critic_steps": 1, "optim": STEADY, "regularizer": 1.0}
-        ),
-        "plain tangent": Proof(
-            ("gmm1d",),
-            UNIFORM
-            | PLAIN
-            | {"critic_steps": 1, "optim": STEADY | {"lr": 1e-3}, "regularizer": 0.1},
         ),
     }
 

@@ -1,0 +1,197 @@
+"""What flow maps and mean flow share: a student that is told where its step ends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from stepdistill.data.batch import Batch
+from stepdistill.diffusion.cond import Cond
+from stepdistill.diffusion.denoiser import Denoiser
+from stepdistill.diffusion.derivative import Way, along, drift
+from stepdistill.diffusion.guidance import guided
+from stepdistill.diffusion.process import expand
+from stepdistill.diffusion.sampler import NoiseSource
+from stepdistill.diffusion.timesteps import Density, Grid, Uniform, grid_between
+from stepdistill.run.errors import UserError
+from stepdistill.run.rng import Rng
+from stepdistill.trainers.base import Trainer
+from stepdistill.trainers.beginning import renewed
+from stepdistill.trainers.fixed_point import FixedPoint
+from stepdistill.trainers.settings import TrainConfig
+
+FOLLOWED = 128  # Heun steps of the walk that stands for the exact flow in proofs
+STEADY = {"lr": 1e-2, "betas": (0.0, 0.99), "decay": "cosine", "clip": None}
+"""A proof's optimizer: with momentum, a target that is a derivative of what is trained swings."""
+CORNERS = {"kind": "u_shaped", "a": 4.0}
+"""A proof's density of times: the longest steps, which are judged, are drawn as often as others."""
+
+
+class JumpConfig(TrainConfig):
+    """Settings of methods whose student is told where its step ends."""
+
+    velocity: Literal["teacher", "data"] = Field(
+        "teacher", description="whose flow is learnt: the teacher's, or z - x of the images alone"
+    )
+    scratch: bool = Field(
+        False, description="begin with fresh weights, and not the teacher's; with velocity=data"
+    )
+    t: Density = Field(
+        default_factory=Uniform,
+        description="density of which two times are drawn: the noisier one begins a step",
+    )
+    diagonal: float = Field(
+        0.75, ge=0, le=1, description="share of samples whose step has no length: the field itself"
+    )
+    derivative: Way = Field(
+        "jvp",
+        description="how derivatives along the flow are taken: forward mode, or a finite "
+        "difference, which is steadier where a network's time embedding turns fast (DiT)",
+    )
+    difference_step: float = Field(
+        0.01, ge=0.001, le=0.1, description="step of the difference, in the process's time range"
+    )
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What a loss is taken on.
+
+    Args:
+        x_t: states [B, ...] of images.
+        t: their times [B].
+        r: where steps end [B], no later than t.
+        same: where they have no length on purpose, expanded.
+        straight: z - x of the images [B, ...].
+        way: the steps' length in flow time, expanded.
+        cond: the conditions, without an end.
+    """
+
+    x_t: Tensor
+    t: Tensor
+    r: Tensor
+    same: Tensor
+    straight: Tensor
+    way: Tensor
+    cond: Cond
+
+    @property
+    def told(self) -> Cond:
+        """The conditions with the steps' end."""
+        return self.cond.ending(self.r)
+
+    @property
+    def still(self) -> Cond:
+        """The conditions of steps without length."""
+        return self.cond.ending(self.t)
+
+
+class JumpTrainer(Trainer):
+    """Base of methods that learn the average velocity u(x_t, t, r) of a step from t to r.
+
+    All is stated in rectified flow's coordinates y = x_t / (alpha + sigma) and
+    s = sigma / (alpha + sigma), which other processes are taken to; a step of the sampler lands at
+    y - (s_t - s_r) u in every process.
+    """
+
+    config: JumpConfig
+    needs = "data"
+    noise: NoiseSource = "predicted"
+    sizes: tuple[int, ...] = (1, 2, 4, 8)
+
+    def setup(self) -> None:
+        """The student, which is told where its step ends.
+
+        Raises:
+            UserError: a beginning that is not to be had.
+        """
+        c = self.config
+        if c.lora is not None:
+            raise UserError(
+                "lora: adapters share the teacher's network, which is told no end of a step; set "
+                "lora=null"
+            )
+        if c.scratch and c.velocity == "teacher":
+            raise UserError("scratch: a teacher's flow begins as the teacher; set scratch=false")
+        first = renewed(self.initial, c.seed) if c.scratch else self.initial
+        try:
+            told = first.ended()
+        except ValueError as error:
+            raise UserError(f"teacher: {error}; add `embedders` to its adapter") from error
+        self.add_player(
+            "student", told, c.optim, ema=True, total=c.steps, copy=False, bare=self.through
+        )
+
+    @property
+    def through(self) -> bool:
+        """Whether a derivative of the student's is itself differentiated."""
+        return False
+
+    @property
+    def student(self) -> Denoiser:
+        """The network in training."""
+        return self.denoiser("student")
+
+    @property
+    def fixed_point(self) -> FixedPoint:
+        """The flow's own end of every step, without a solver's bias."""
+        return FixedPoint("map", follow=self.chain, solver="heun", ends=True)
+
+    def chain(self, t: float) -> Grid:
+        """Times from t to 0, so many that the walk is the flow."""
+        return grid_between(t, 0.0, FOLLOWED, self.process)
+
+    def draw_steps(self, batch: Batch, rng: Rng) -> Draw:
+        """Two times a sample, the noisier one the image's own, and the same twice for a share."""
+        assert batch.x is not None
+        one, two = (self.drawn(self.config.t, rng.uniform(k, batch.index)) for k in ("t", "r"))
+        same = rng.uniform("diagonal", batch.index) < self.config.diagonal
+        t = torch.where(same, one, torch.maximum(one, two))
+        r = torch.where(same, one, torch.minimum(one, two))
+        z = self.z(batch, rng)
+        x_t = self.process.noise(batch.x, z, t)
+        way = expand(self.process.flow_time(t) - self.process.flow_time(r), x_t)
+        return Draw(x_t, t, r, expand(same, x_t), z - batch.x, way, batch.cond)
+
+    @torch.no_grad()
+    def taught(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """The teacher's field, guided as the config says, in flow coordinates."""
+        t = t.clamp_min(self.process.t_min)
+        return guided(self.teacher, x_t, t, cond, self.config.guidance).drift
+
+    def parts(self, u: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The clean part x and the noise z of states, of which z - x is u."""
+        c = self.process.coefs(t).expand(x_t)
+        x = (x_t - c.sigma * u) / (c.alpha + c.sigma)
+        return x, x + u
+
+    def landed(self, u: Tensor, x_t: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        """The state at times r that steps with average velocity u lead to."""
+        x, z = self.parts(u, x_t, t)
+        c = self.process.coefs(r).expand(x_t)
+        return c.alpha * x + c.sigma * z
+
+    def speed(self, v: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """dx_t/dt in the process's own time, where the field in flow coordinates is v."""
+        x, z = self.parts(v, x_t, t)
+        c = self.process.coefs(t).expand(x_t)
+        return c.d_alpha * x + c.d_sigma * z
+
+    def whole_slope(self, draw: Draw, v: Tensor) -> Tensor:
+        """The derivative of the student's u in flow time, along the field v, without a graph."""
+        c = self.config
+        _, found = along(
+            self.student,
+            draw.x_t,
+            draw.t,
+            draw.told,
+            self.speed(v, draw.x_t, draw.t),
+            drift,
+            way=c.derivative,
+            step=c.difference_step * self.process.t_max,
+        )
+        return found / expand(self.process.flow_rate(draw.t), found)

@@ -23,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-bench = typer.Typer(help="Measure: a training step, or students of one budget.")
+bench = typer.Typer(help="Measure: a training step, a derivative, or students of one budget.")
 app.add_typer(bench, name="bench")
 
 Config = Annotated[str, typer.Argument(help="a config file, or the name of an installed one")]
@@ -232,6 +232,22 @@ def bench_step(
     from stepdistill.commands.bench import run
 
     run(config, overrides or (), rounds=rounds, threads=threads)
+
+
+@bench.command("jvp")
+def bench_jvp(
+    config: Config,
+    overrides: Overrides = None,
+    rounds: Annotated[int, typer.Option(help="interleaved rounds", min=3)] = 20,
+    threads: Annotated[int, typer.Option(help="CPU threads; one is the steadiest", min=1)] = 1,
+    step: Annotated[
+        float, typer.Option(help="of differences, as a part of the time range", min=1e-6, max=0.5)
+    ] = 0.005,
+) -> None:
+    """Time a derivative along the flow by each way, its memory, and how far the ways agree."""
+    from stepdistill.commands.bench_jvp import jvp
+
+    jvp(config, overrides or (), rounds=rounds, threads=threads, step=step)
 
 
 @bench.command("students")

@@ -8,15 +8,27 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from stepdistill.commands.bench_jvp import jvp
 from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser
-from stepdistill.diffusion.derivative import along
+from stepdistill.diffusion.derivative import along, drift
 from stepdistill.diffusion.process import RF, Process, Trig, expand
 from stepdistill.losses.continuous import Angle, bounded, field, tangent
 from stepdistill.oracles.denoiser import Oracle
 from stepdistill.run.errors import UserError
 from stepdistill.run.rng import Rng
-from tests.helpers import AffineAdapter, batch_of, make, mlp_teacher, processes, run, same, saved
+from tests.helpers import (
+    AffineAdapter,
+    batch_of,
+    dit_teacher,
+    make,
+    mlp_teacher,
+    processes,
+    run,
+    same,
+    saved,
+    unet_teacher,
+)
 
 KINDS = processes()
 every_process = pytest.mark.parametrize("process", KINDS.values(), ids=KINDS.keys())
@@ -140,6 +152,48 @@ def test_scm_warms_up_and_goes_on_where_it_was_after_a_resume() -> None:
 def test_what_makes_no_sense_is_refused(method, keys, line) -> None:
     with pytest.raises(UserError, match=line):
         make(method, mlp_teacher(), **keys)
+
+
+# Derivatives along the flow ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("teacher", [mlp_teacher, dit_teacher, unet_teacher])
+def test_every_way_of_a_derivative_finds_the_same_on_every_network(teacher) -> None:
+    den, rng = teacher(), torch.Generator().manual_seed(0)
+    x_t, speed = torch.randn(2, 4, *den.sample_shape, generator=rng)
+    t, cond = torch.tensor([0.2, 0.4, 0.6, 0.8]), Cond(torch.tensor([0, 1, 2, 3]))
+    _, exact = along(den, x_t, t, cond, speed, drift)
+    size = float(exact.abs().max())
+    for way, near in (("difference", 0.15), ("central", 0.02), ("semi", 0.15)):
+        own, slope = along(den, x_t, t, cond, speed, drift, way=way, step=1e-4)
+        assert float((slope - exact).abs().max()) < near * size, way
+        assert torch.allclose(own, along(den, x_t, t, cond, speed, drift)[0], atol=1e-5)
+        assert not slope.requires_grad
+
+
+def test_the_central_difference_is_of_second_order_and_one_sided_at_the_top() -> None:
+    den, gaps = Exact(Trig(1.0), 0.6), []
+    x_t = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
+    t = torch.linspace(0.3, 1.2, 8)
+    _, exact = along(den, x_t, t, Cond(), x_t, drift)
+    for step in (0.1, 0.05):
+        _, slope = along(den, x_t, t, Cond(), x_t, drift, way="central", step=step)
+        gaps.append(float((slope - exact).abs().max()))
+    assert gaps[1] / gaps[0] == pytest.approx(0.25, abs=0.05)
+    top = torch.full((8,), math.pi / 2)
+    one = along(den, x_t, top, Cond(), x_t, drift, way="central", step=0.01)[1]
+    other = along(den, x_t, top, Cond(), x_t, drift, way="difference", step=0.01)[1]
+    assert torch.allclose(one, other, atol=1e-4)
+
+
+def test_bench_jvp_tells_time_memory_and_agreement(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = jvp("scm-digits", ("batch_size=4",), rounds=3, threads=1, step=2e-5)
+    assert list(found) == ["forward", "jvp", "difference", "central", "semi"]
+    assert all(one["seconds"] > 0 and one["bytes"] > 0 for one in found.values())
+    assert found["jvp"]["bytes"] > found["forward"]["bytes"]
+    assert found["jvp"]["difference"] == 0 and "difference" not in found["forward"]
+    assert all(found[way]["difference"] < 0.1 for way in ("difference", "central", "semi"))
 
 
 # TBCM --------------------------------------------------------------------------------------------

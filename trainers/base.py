@@ -75,6 +75,7 @@ class Pass:
         part: "whole"; "features", where the network is left after its last tap; or "tail", where
             what lies behind the last tap has no graph.
         taps: modules whose outputs are the features.
+        slope: the pass takes a derivative along by forward mode.
     """
 
     role: str
@@ -83,6 +84,7 @@ class Pass:
     batch: float = 1
     part: Literal["whole", "features", "tail"] = "whole"
     taps: tuple[str, ...] = ()
+    slope: bool = False
 
 
 class Trainer(ABC):

@@ -200,7 +200,8 @@ def passes_line(trainer: Trainer) -> str:
 
 def pass_line(item: Pass) -> str:
     """One network pass, in words."""
-    kind = "to input" if item.kind == "input" else item.kind
+    kind = "to input" if item.kind == "input" else str(item.kind)
+    kind += " with its derivative" if item.slope else ""
     part = {"whole": "", "features": " for features", "tail": " by features"}[item.part]
     size = "" if item.batch == 1 else f" of {item.batch:.3g}B"
     return f"{item.role} {kind}{part} x {item.count:g}{size}"

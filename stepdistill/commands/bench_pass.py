@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.data.batch import Batch
+from stepdistill.diffusion.derivative import drift, slope
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Pass, Trainer
 
@@ -42,7 +43,10 @@ def bare(trainer: Trainer, item: Pass, batch: Batch) -> Callable[[], None]:
 
     def forward() -> None:
         with torch.no_grad():
-            call(z)
+            if item.slope:
+                slope(den, z, t, cond, drift, d_x=z, d_t=torch.ones_like(t))
+            else:
+                call(z)
 
     def train() -> None:
         for param in params:

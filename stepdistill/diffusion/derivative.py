@@ -1,4 +1,4 @@
-"""Total derivatives of a network along a path of states: by forward mode, or by a difference."""
+"""Total derivatives of a network along a path of states: by forward mode, or by differences."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from stepdistill.diffusion.process import expand
 # What torch's own rules of forward mode are written in.
 warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
 
-Way = Literal["jvp", "difference"]
+Way = Literal["jvp", "difference", "central", "semi"]
+CALLS: dict[Way, int] = {"jvp": 1, "difference": 2, "central": 3, "semi": 2}
+"""Calls of the network by each way, the one at the state itself among them."""
 View = Callable[[Prediction], Tensor]
 
 
@@ -43,7 +45,9 @@ def along(
 
     The network is called itself and not by its wrapper, in fp32 also within autocast, and nothing
     here has a graph. Forward mode is one call, see :func:`slope`; the difference is two, of first
-    order in its step.
+    order in its step, the central one three, of second order but at the ends of time. Semi is
+    forward mode in the state and a difference in time alone, for networks whose time cannot be
+    differentiated or turns fast (rCM, spec 1.10).
 
     Where steps of ``cond`` end stays as it is.
 
@@ -52,7 +56,7 @@ def along(
         x_t: states [B, ...] at times t [B].
         velocity: dx_t/dt of the path, in the process's own time [B, ...].
         view: what is looked at of a prediction: [B, ...].
-        way: "jvp", or "difference" backwards in time.
+        way: "jvp", "difference" backwards in time, "central" both ways, or "semi".
         step: of the difference, in times; a sample at an earlier time takes its whole time.
 
     Returns:
@@ -69,8 +73,16 @@ def along(
         room = t if cond.end is None else t - cond.end
         h = room.clamp_max(step).clamp_min(1e-6)
         wide = expand(h, x_t)
-        value = at(x_t, t)
-        return value, (value - at(x_t - wide * velocity, (t - h).clamp_min(0))) / wide
+        before = (t - h).clamp_min(0)
+        if way == "semi":
+            value, moved = slope(den, x_t, t, cond, view, d_x=velocity)
+            return value, moved + (value - at(x_t, before)) / wide
+        value, back = at(x_t, t), at(x_t - wide * velocity, before)
+        if way == "difference":
+            return value, (value - back) / wide
+        after = (t + step).clamp_max(den.process.t_max)
+        on = expand(after - t, x_t)
+        return value, (at(x_t + on * velocity, after) - back) / (on + wide)
 
 
 def slope(

@@ -24,6 +24,7 @@ from stepdistill.run.errors import UserError
 from stepdistill.run.ratios import sample_parts
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Loss, Pass, Trainer, Turn
+from stepdistill.trainers.derived import derived
 from stepdistill.trainers.fixed_point import FixedPoint, Proof
 from stepdistill.trainers.settings import TrainConfig
 
@@ -162,10 +163,9 @@ class MDTDistTrainer(Trainer):
         """A trained pass, the teacher's, and those of the derivative, for each part."""
         c = self.config
         parts = int(c.matching > 0) + int(c.distillation > 0)
-        calls = 1 if c.derivative == "jvp" else 2
         return [
             Pass("student", "train", parts),
-            Pass("student", "forward", parts * calls),
+            *derived(c.derivative, parts),
             Pass("teacher", "forward", parts, 2 if c.guided else 1),
         ]
 

@@ -22,6 +22,7 @@ from stepdistill.run.errors import UserError
 from stepdistill.run.ratios import sample_parts
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Loss, Pass, Turn
+from stepdistill.trainers.derived import derived
 from stepdistill.trainers.fixed_point import Proof
 from stepdistill.trainers.trajectory.jumps import CORNERS, STEADY, Draw, JumpConfig, JumpTrainer
 
@@ -137,8 +138,7 @@ class MeanFlowTrainer(JumpTrainer):
     def passes(self) -> list[Pass]:
         """A trained pass, the derivative's, and whoever says the velocity."""
         c = self.config
-        calls = 1 if c.derivative == "jvp" else 2
-        own = [Pass("student", "train"), Pass("student", "forward", calls)]
+        own = [Pass("student", "train"), *derived(c.derivative)]
         if c.velocity == "teacher":
             return [*own, Pass("teacher", "forward", 1, 2 if c.guided else 1)]
         return [*own, Pass("student", "forward", 1, 2)] if self.mixes else own

@@ -25,6 +25,7 @@ from stepdistill.run.errors import UserError
 from stepdistill.run.ratios import sample_parts
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Loss, Pass, Trainer, Turn
+from stepdistill.trainers.derived import derived
 from stepdistill.trainers.fixed_point import FixedPoint, Proof
 from stepdistill.trainers.settings import TrainConfig
 
@@ -58,7 +59,9 @@ class SCMConfig(TrainConfig):
     normal: Normal = Field("norm", description="how a tangent is kept small")
     norm_floor: float = Field(0.1, gt=0, description="added to the norm that it is divided by")
     adaptive: bool = Field(True, description="weigh times by a learned function of theirs")
-    derivative: Way = Field("jvp", description="forward mode, or a difference along the path")
+    derivative: Way = Field(
+        "jvp", description="how the derivative along the path is taken; see ``bench jvp``"
+    )
     difference_step: float = Field(
         0.005, gt=0, le=0.5, description="of the difference, as a part of the largest time"
     )
@@ -195,9 +198,8 @@ class SCMTrainer(Trainer):
 
     def passes(self) -> list[Pass]:
         """The teacher's velocity, the derivative, and the student."""
-        calls = 1 if self.config.derivative == "jvp" else 2
         asked = [Pass("teacher", "forward", 1, 2 if self.config.guided else 1)]
-        own = [Pass("student", "forward", calls), Pass("student", "train")]
+        own = [*derived(self.config.derivative), Pass("student", "train")]
         return own if self.config.velocity == "data" else asked + own
 
 

@@ -1,0 +1,115 @@
+"""bench jvp: what a derivative along the flow costs by each way, and how far the ways agree."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from stepdistill.commands.job import job
+from stepdistill.commands.peaks import peak
+from stepdistill.commands.read import read_config
+from stepdistill.data.batch import Batch
+from stepdistill.diffusion.denoiser import Denoiser
+from stepdistill.diffusion.derivative import CALLS, Way, along, drift
+from stepdistill.run.rng import Rng
+
+WARMUP = 2
+
+
+def jvp(
+    config: str, overrides: Sequence[str], *, rounds: int, threads: int, step: float
+) -> dict[str, dict[str, float]]:
+    """Time every way on a config's teacher and batch; print the table, return its figures.
+
+    Args:
+        config: name of a config, or its file.
+        overrides: of its keys.
+        rounds: in which the ways are timed in turn.
+        threads: of the CPU.
+        step: of the differences, as a part of the largest time.
+
+    Returns:
+        By the way's name, and "forward" for a bare pass: median ``seconds``, peak ``bytes`` beyond
+        what is held, and ``difference`` to forward mode, relative.
+
+    Raises:
+        UserError: bad input.
+    """
+    torch.set_num_threads(threads)
+    cls, settings = read_config(config, overrides)
+    with job(settings) as (processes, net):
+        trainer = cls(settings, net, wrap=processes.wrap)
+        den, batch = trainer.teacher, trainer.batch(0)
+        calls = ways(den, batch, trainer.z(batch, Rng(settings.seed)), step)
+        figures = measured(calls, den.device, rounds)
+    show(figures, f"{config}: derivatives of its teacher, batch {settings.batch_size}", step)
+    return figures
+
+
+def ways(
+    den: Denoiser, batch: Batch, z: Tensor, step: float
+) -> dict[str, Callable[[], Tensor | None]]:
+    """A bare pass, and the derivative by every way, at the middle of the flow."""
+    process = den.process
+    t = torch.full((len(z),), 0.5 * process.t_max, device=z.device)
+    with torch.no_grad():
+        velocity = den(z, t, batch.cond).velocity
+
+    def plain() -> None:
+        with torch.no_grad():
+            den(z, t, batch.cond)
+
+    def by(way: Way) -> Callable[[], Tensor]:
+        size = step * process.t_max
+        return lambda: along(den, z, t, batch.cond, velocity, drift, way=way, step=size)[1]
+
+    return {"forward": plain} | {way: by(way) for way in CALLS}
+
+
+def measured(
+    calls: dict[str, Callable[[], Tensor | None]], device: torch.device, rounds: int
+) -> dict[str, dict[str, float]]:
+    """Seconds, bytes and the relative difference to forward mode of every call."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for i in range(rounds + WARMUP):
+        for name, call in calls.items():
+            _wait(device)
+            began = time.perf_counter()
+            call()
+            _wait(device)
+            if i >= WARMUP:
+                times[name].append(time.perf_counter() - began)
+    exact = calls["jvp"]()
+    assert exact is not None
+    found = {}
+    for name, call in calls.items():
+        figures = {"seconds": statistics.median(times[name]), "bytes": float(peak(call, device))}
+        slope = call()
+        if slope is not None:
+            figures["difference"] = float((slope - exact).norm() / exact.norm())
+        found[name] = figures
+    return found
+
+
+def show(figures: dict[str, dict[str, float]], title: str, step: float) -> None:
+    """Print the table."""
+    table = Table(title=title)
+    for head in ("way", "ms", "of a forward", "peak MiB", f"off by, at step {step:g}"):
+        table.add_column(head, justify="left" if head == "way" else "right")
+    bare = figures["forward"]["seconds"]
+    for name, one in figures.items():
+        off = f"{one['difference']:.2e}" if "difference" in one else ""
+        cost = (f"{1e3 * one['seconds']:.2f}", f"{one['seconds'] / bare:.2f}")
+        table.add_row(name, *cost, f"{one['bytes'] / 2**20:.1f}", off)
+    Console().print(table)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -114,7 +114,7 @@ class Network(nn.Module):
         dim: coordinates D.
         labels: labels that it knows, that of no class included; 0 for none.
         width: of the hidden layers.
-        ends: whether it is told where a step ends.
+        ends: whether it is told where a step ends; then nothing is added to one without length.
     """
 
     def __init__(self, dim: int, labels: int, width: int = 64, ends: bool = False) -> None:
@@ -140,7 +140,7 @@ class Network(nn.Module):
         for layer in self.layers:
             h = nn.functional.silu(layer(h))
         out: Tensor = self.leave(h)
-        return out
+        return out if way is None else out * way[:, None]
 
 
 def affine(flat: Tensor, x: Tensor) -> Tensor:

@@ -63,16 +63,16 @@ class FlowMapTrainer(JumpTrainer):
     config: FlowMapConfig
     proofs: ClassVar = {
         name: Proof(
-            ("gaussian",),
+            teachers,
             {"diagonal": 0.25, "t": CORNERS, "optim": STEADY, **keys},
             effort=effort,
             batch=4,
         )
-        for name, effort, keys in (
-            ("lsd", 1.5, {"form": "lsd"}),
-            ("lsd, semi", 0.8, {"form": "lsd", "gradient": "semi"}),
-            ("esd, semi", 0.8, {"form": "esd", "gradient": "semi"}),
-            ("psd_m", 0.8, {"form": "psd_m"}),
+        for name, teachers, effort, keys in (
+            ("lsd", ("gaussian",), 1.5, {"form": "lsd"}),
+            ("lsd, semi", ("gaussian", "gmm1d"), 0.8, {"form": "lsd", "gradient": "semi"}),
+            ("esd, semi", ("gaussian",), 0.8, {"form": "esd", "gradient": "semi"}),
+            ("psd_m", ("gaussian", "gmm1d"), 0.8, {"form": "psd_m"}),
         )
     }
 

@@ -66,8 +66,8 @@ class MeanFlowTrainer(JumpTrainer):
     config: MeanFlowConfig
     proofs: ClassVar = {
         "teacher": Proof(
-            ("gaussian",),
-            {"t": CORNERS, "diagonal": 0.25, "power": 0.0, "optim": STEADY},
+            ("gaussian", "gmm1d"),
+            {"diagonal": 0.25, "t": CORNERS, "power": 0.0, "optim": STEADY},
             effort=0.8,
             batch=4,
         ),

@@ -80,7 +80,10 @@ class ExtraEmbedding(ModelMixin, ConfigMixin):
 
     @contextmanager
     def telling(self, values: Mapping[str, Tensor] | None) -> Iterator[None]:
-        """Calls in this context are told numbers [B], 0 to 1, by name; None: nothing is added."""
+        """Calls in this context are told numbers [B], 0 to 1, by name; None: nothing is added.
+
+        A number that is left out is 0.
+        """
         before, self.values = self.values, values
         try:
             yield
@@ -90,11 +93,11 @@ class ExtraEmbedding(ModelMixin, ConfigMixin):
     def forward(self, place: int) -> Tensor:
         """What is added to the embedding [B, D] at a place, of the numbers told."""
         assert self.values is not None
-        parts = []
+        parts, none = [], torch.zeros_like(next(iter(self.values.values())))
         for name in self.layers:
-            layers = self._embedder(name, place)
+            layers, value = self._embedder(name, place), self.values.get(name, none)
             weight = layers[0].weight
-            parts.append(layers(waves(self.values[name], weight.shape[1]).to(weight.dtype)))
+            parts.append(layers(waves(value, weight.shape[1]).to(weight.dtype)))
         added: Tensor = torch.stack(parts).sum(dim=0)
         return added
 

@@ -47,14 +47,16 @@ class Branch(nn.Module):
         other.fix(self.fixed)
         return other
 
-    def ended(self) -> Self:
+    def ended(self, *more: str) -> Self:
         """A clone whose network is also told where a step ends; for now it does not heed it.
+
+        ``more`` are names of further numbers that it is told.
 
         Raises:
             ValueError: it is not known how its network embeds its time.
         """
         other = self.clone()
-        other.adapter.extend(other.net, ("end",))
+        other.adapter.extend(other.net, ("end", *more))
         return other
 
     def fix(self, names: Iterable[str]) -> None:

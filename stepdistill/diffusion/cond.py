@@ -17,10 +17,13 @@ class Cond:
         label: class indices [B], int64, or None for an unconditional model.
         end: the time at which the step ends [B], no later than the state's own, for networks that
             are told; None: the state's own, a step of no length.
+        twin: 1 for samples whose state is one of the student's own images noised [B], for networks
+            that are told; None: 0 for all.
     """
 
     label: Tensor | None = None
     end: Tensor | None = None
+    twin: Tensor | None = None
 
     def ending(self, end: Tensor) -> Cond:
         """The same conditions for steps that end at times [B]."""

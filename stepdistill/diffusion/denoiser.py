@@ -180,7 +180,10 @@ class Denoiser(Branch):
         """Calls in this context are told where the step ends, where the network takes that."""
         if not self.ends:
             return nullcontext()
-        return self.adapter.telling(self.net, {"end": self.way(t, cond.end)})
+        numbers = {"end": self.way(t, cond.end)}
+        if cond.twin is not None:
+            numbers["twin"] = cond.twin
+        return self.adapter.telling(self.net, numbers)
 
     def way(self, t: Tensor, end: Tensor | None) -> Tensor:
         """The number [B] that says where steps end: their length in rectified flow's time."""

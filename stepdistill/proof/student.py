@@ -163,9 +163,12 @@ class Corrected(nn.Module):
         super().__init__()
         self.held, self.fix, self.span = (base,), fix, span  # the tuple keeps it out of the tree
         self.values: Mapping[str, Tensor] | None = None
+        self.twin: nn.Module | None = None  # the correction of samples that are the student's own
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Corrected:
-        return Corrected(self.held[0], copy.deepcopy(self.fix, memo), self.span)
+        other = Corrected(self.held[0], copy.deepcopy(self.fix, memo), self.span)
+        other.twin = copy.deepcopy(self.twin, memo)
+        return other
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -176,6 +179,9 @@ class Corrected(nn.Module):
         """Raw output [B, D] at states [B, D] and process times [B]."""
         told = () if self.values is None else (self.values["end"],)
         fix: Tensor = self.fix(x_t, t / self.span, label, *told)
+        if self.twin is not None and self.values is not None and "twin" in self.values:
+            own = self.twin(x_t, t / self.span, label)
+            fix = torch.where(self.values["twin"][:, None] > 0, own, fix)
         return fix if self.held[0] is None else self.held[0](x_t, t, label) + fix
 
 
@@ -195,6 +201,9 @@ class StudentAdapter(OracleAdapter):
                 if isinstance(fix, Network)
                 else Steps(fix.dim, len(fix.maps))
             )
+            if "twin" in numbers:
+                twin = Network(fix.dim, fix.labels) if isinstance(fix, Network) else None
+                net.twin = twin or Smooth(fix.dim, len(fix.maps))
 
     def numbers(self, net: nn.Module) -> tuple[str, ...]:
         """See :meth:`Adapter.numbers`."""

@@ -99,9 +99,10 @@ class JumpTrainer(Trainer):
     """
 
     config: JumpConfig
-    needs = "data"
+    needs: Literal["labels", "data", "pairs"] = "data"
     noise: NoiseSource = "predicted"
     sizes: tuple[int, ...] = (1, 2, 4, 8)
+    told: tuple[str, ...] = ()  # further numbers that the student is told
 
     def setup(self) -> None:
         """The student, which is told where its step ends.
@@ -119,7 +120,7 @@ class JumpTrainer(Trainer):
             raise UserError("scratch: a teacher's flow begins as the teacher; set scratch=false")
         first = renewed(self.initial, c.seed) if c.scratch else self.initial
         try:
-            told = first.ended()
+            told = first.ended(*self.told)
         except ValueError as error:
             raise UserError(f"teacher: {error}; add `embedders` to its adapter") from error
         self.add_player(

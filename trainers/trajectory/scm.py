@@ -33,8 +33,8 @@ FOLLOWED = 64  # steps of the teacher's walk that stands for its flow
 STEADY = {"lr": 3e-3, "betas": (0.0, 0.99), "decay": "cosine", "clip": None}
 """A proof's optimizer: with momentum, a target that is a derivative of what is trained swings."""
 UNIFORM = {"t": {"kind": "uniform"}}
-PLAIN = {"normal": "none", "cosine": False, "adaptive": False}
-"""In one dimension a normalised tangent is a sign; a weighted one hardly moves what is noisiest."""
+PLAIN = {"normal": "none", "adaptive": False}
+"""In one dimension a normalised tangent is a sign."""
 OCTAVES = 4  # of the log noise-to-signal ratio, in the loss's own weight
 
 
@@ -99,10 +99,10 @@ class SCMTrainer(Trainer):
     weigh: TimeWeight | None = None
     proofs: ClassVar = {
         "distillation": Proof(("gaussian", "classes"), UNIFORM | {"optim": STEADY}),
-        "plain tangent": Proof(("gmm1d",), UNIFORM | PLAIN | {"optim": STEADY | {"lr": 1e-3}}),
+        "plain tangent": Proof(("gmm1d",), UNIFORM | PLAIN | {"optim": STEADY}),
         "training": Proof(
             ("gaussian",),
-            UNIFORM | PLAIN | {"velocity": "data", "optim": STEADY},
+            UNIFORM | PLAIN | {"cosine": False, "velocity": "data", "optim": STEADY},
             effort=1.5,
             batch=4,
         ),

@@ -1,0 +1,211 @@
+"""TwinFlow: few-step flows that are their own critic, by a field for the student's own images.
+
+One network is told a step's end, and whether its state comes from an image or from one of its own.
+A quarter of the batch each: whole steps from pure noise, short ones, steps of any length, and the
+field of own images. Whole steps are moved by what this field and the images' differ by, as a fake
+score and a teacher would move them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from stepdistill.data.batch import Batch
+from stepdistill.diffusion.cond import Cond
+from stepdistill.diffusion.process import expand
+from stepdistill.diffusion.sampler import full
+from stepdistill.diffusion.timesteps import flow_to_process
+from stepdistill.losses.regression import mean_square
+from stepdistill.losses.twin_flow import barron_weighted, recursive_target, span_weight
+from stepdistill.run.errors import UserError
+from stepdistill.run.ratios import sample_parts
+from stepdistill.run.rng import Rng
+from stepdistill.trainers.base import Loss, Pass, Turn
+from stepdistill.trainers.fixed_point import FixedPoint, Proof
+from stepdistill.trainers.trajectory.jumps import STEADY, JumpConfig, JumpTrainer
+
+PARTS = 4  # of a batch: whole, short, any, own
+NEAR = 0.95  # of a short step's time, where it ends at the least
+BOUND = 1.0  # of residuals
+LEAST = 1e-3  # flow time at which a step begins
+
+
+class TwinFlowConfig(JumpConfig):
+    """Settings of ``twin_flow``."""
+
+    diagonal: None = Field(None, description="always null: steps are of four kinds")  # type: ignore[assignment]
+    derivative: None = Field(None, description="always null: none is taken")  # type: ignore[assignment]
+    difference_step: None = Field(None, description="always null: none is taken")  # type: ignore[assignment]
+    short: float = Field(
+        0.01, gt=0, le=0.2, description="of each step, the length in flow time that is the field's"
+    )
+    parts: int = Field(2, ge=1, description="steps in which the student goes the rest of it")
+    rectify: float = Field(
+        0.5, ge=0, description="weight of the pull between the two fields, on whole steps"
+    )
+    images: bool = Field(
+        True, description="learn from images; false: from the student's own, by velocity=teacher"
+    )
+    c: float = Field(1e-3, gt=0, description="root mean square below which losses are squares")
+
+
+class TwinFlowTrainer(JumpTrainer):
+    """TwinFlow, spec M15, from its published code and paper.
+
+    Here: a sample's place in the batch tells its kind, so that four neighbours have all; whose
+    sign of time is theirs is a number of its own; times are even in flow time; with velocity=data
+    guidance g is by 1 - 1 / g of the student's own fields, as long as a step does not begin as
+    noise, and the reference is the network in training.
+    """
+
+    Config = TwinFlowConfig
+    config: TwinFlowConfig
+    told = ("twin",)
+    group = 1
+    proofs: ClassVar = {
+        "teacher": Proof(
+            ("gaussian",), {"optim": STEADY | {"lr": 3e-3}, "c": 0.1, "short": 0.005}, batch=4
+        ),
+    }
+
+    def setup(self) -> None:
+        """See :meth:`JumpTrainer.setup`.
+
+        Raises:
+            UserError: neither images nor a teacher.
+        """
+        c = self.config
+        if not c.images and c.velocity == "data":
+            raise UserError("images=false: only a teacher knows the flow then; velocity=teacher")
+        self.needs = "data" if c.images else "labels"
+        super().setup()
+
+    @property
+    def fixed_point(self) -> FixedPoint:
+        """The flow's own end of every step, but for Euler's bias in steps of ``short``."""
+        return FixedPoint("map", follow=self.chain, solver="heun", ends=True, sampled=True)
+
+    def turns(self, step: int) -> list[Turn]:
+        """One player, one turn."""
+        return [Turn("student", self.loss)]
+
+    def times(self, batch: Batch, rng: Rng) -> tuple[Tensor, Tensor, Tensor]:
+        """Each sample's kind, and the flow times s and r at which its step begins and ends [B]."""
+        kind = batch.index % PARTS
+        ends = torch.tensor([self.process.t_min, self.top])
+        low, top = self.process.flow_time(ends).tolist()
+        s = (top * rng.uniform("t", batch.index)).clamp_min(max(low, LEAST))
+        s = torch.where(kind == 0, torch.full_like(s, top), s)
+        u = rng.uniform("r", batch.index)
+        lower = (torch.zeros_like(s), s * (NEAR + (1 - NEAR) * u), s * (1 - u), s)
+        return kind, s, torch.stack(lower).gather(0, kind[None])[0]
+
+    def placed(self, s: Tensor) -> Tensor:
+        """The process's times of flow times [B]."""
+        if self.process.name == "rf":
+            return s
+        inside = flow_to_process(s.clamp(1e-6, 1 - 1e-6), self.process)
+        return torch.where(s > 0, inside.clamp_max(self.top), torch.zeros_like(s))
+
+    def loss(self, batch: Batch, rng: Rng) -> Loss:
+        """The four kinds together, and the pull between the fields on the first."""
+        c = self.config
+        kind, s, r = self.times(batch, rng)
+        t, own = self.placed(s), kind == PARTS - 1
+        z = self.z(batch, rng)
+        made = self.images_of_its_own(batch, rng)
+        x = made if batch.x is None else torch.where(expand(own, z), made, batch.x)
+        x_t = self.process.noise(x, z, t)
+        told = replace(batch.cond, end=self.placed(r), twin=own.to(s))
+        u = self.student(x_t, t, told).drift
+        with torch.no_grad():
+            v = self.field(x_t, t, z - x, kind, batch.cond)
+            short = expand(torch.minimum(s - r, torch.full_like(s, c.short)), u).clamp_min(1e-6)
+            rest = self.rest(x_t, s, r, short, v, batch.cond)
+            way = torch.maximum(expand(s - r, u), short)  # a step without length is the field
+            target = recursive_target(u, v, rest, way, short, BOUND)
+            target = torch.where(expand(own, u), z - x, target)
+        weight = torch.where(own, torch.ones_like(s), span_weight(s - r))
+        loss = (weight * barron_weighted(mean_square(u - target), c.c)).mean()
+        logs = {"loss": loss, "distance": (u - target).abs().mean()}
+        estimate, _ = self.parts(u, x_t, t)
+        if c.rectify:
+            pull = self.pull(u, estimate, kind, batch, rng)
+            loss, logs = loss + c.rectify * pull, logs | {"pull": pull}
+        return Loss(loss, logs | sample_parts(estimate))
+
+    @torch.no_grad()
+    def images_of_its_own(self, batch: Batch, rng: Rng) -> Tensor:
+        """The student's images in one step [B, ...]."""
+        z = self.z(batch, rng, "own-z")
+        t = full(z, self.top)
+        x_t = self.process.noise(torch.zeros_like(z), z, t)
+        made: Tensor = self.student(x_t, t, batch.cond.ending(torch.zeros_like(t))).x
+        return made
+
+    def field(self, x_t: Tensor, t: Tensor, straight: Tensor, kind: Tensor, cond: Cond) -> Tensor:
+        """The flow's field at states [B, ...]: the teacher's, or the images' own, guided."""
+        c, null = self.config, self.teacher.null_label
+        if c.velocity == "teacher":
+            found: Tensor = self.taught(x_t, t, cond)
+            return found
+        if not c.guided or null is None or cond.label is None:
+            return straight
+        still = cond.ending(t)
+        both = still.stack(replace(still, label=torch.full_like(cond.label, null)))
+        own, free = self.student(torch.cat([x_t, x_t]), torch.cat([t, t]), both).drift.chunk(2)
+        share = torch.where(kind == 0, torch.zeros_like(t), torch.full_like(t, 1 - 1 / c.guidance))
+        guided: Tensor = straight + expand(share, own) * (own - free)
+        return guided
+
+    def rest(
+        self, x_t: Tensor, s: Tensor, r: Tensor, short: Tensor, v: Tensor, cond: Cond
+    ) -> Tensor:
+        """The student's way from the end of the field's part on to r, in ``parts`` steps."""
+        count = self.config.parts
+        at = s - short.flatten(1)[:, 0]
+        step = (at - r).clamp_min(0) / count
+        state = self.landed(v, x_t, self.placed(s), self.placed(at))
+        total = torch.zeros_like(v)
+        for place in range(1, count + 1):
+            now, end = self.placed(at), at - step
+            then = self.placed(end.clamp_min(0) if place < count else torch.minimum(r, at))
+            u = self.student(state, now.clamp_min(self.process.t_min), cond.ending(then)).drift
+            total = total + expand(step, u) * u
+            state, at = self.landed(u, state, now, then), end
+        return total
+
+    def pull(self, u: Tensor, x: Tensor, kind: Tensor, batch: Batch, rng: Rng) -> Tensor:
+        """What moves whole steps along the gap of the two fields at their own images noised.
+
+        Their drift goes down by the gap, own less real, and with it the image up.
+        """
+        s = rng.uniform("own-t", batch.index).clamp(LEAST, 1 - LEAST)
+        t = self.placed(s).clamp_max(self.top)
+        x_t = self.process.noise(x.detach(), self.z(batch, rng, "own-e"), t)
+        with torch.no_grad():
+            both = [
+                self.student(x_t, t, replace(batch.cond, end=t, twin=torch.full_like(t, one))).drift
+                for one in (1.0, 0.0)
+            ]
+            aim = u - (both[0] - both[1]).clamp(-BOUND, BOUND)
+        whole = (kind == 0).to(u.dtype)
+        each = whole * barron_weighted(mean_square(u - aim.detach()), self.config.c)
+        return PARTS * each.mean()
+
+    def passes(self) -> list[Pass]:
+        """A trained pass; own images, the rest of a step, and the two fields."""
+        c = self.config
+        calls = 1 + c.parts + (2 if c.rectify else 0)
+        own = [Pass("student", "train"), Pass("student", "forward", calls)]
+        if c.velocity == "teacher":
+            return [*own, Pass("teacher", "forward", 1, 2 if c.guided else 1)]
+        return [*own, Pass("student", "forward", 1, 2)] if c.guided else own
+
+
+TRAINER = TwinFlowTrainer

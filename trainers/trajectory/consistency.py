@@ -17,9 +17,8 @@ from torch import Tensor
 
 from stepdistill.data.batch import Batch
 from stepdistill.diffusion.denoiser import Denoiser, Prediction
-from stepdistill.diffusion.guidance import guided
 from stepdistill.diffusion.process import expand
-from stepdistill.diffusion.sampler import NoiseSource, heun_step, move
+from stepdistill.diffusion.sampler import NoiseSource
 from stepdistill.diffusion.timesteps import Grid
 from stepdistill.losses.consistency import Weight, pair_weight
 from stepdistill.losses.regression import Metric, distance, huber_constant
@@ -31,6 +30,7 @@ from stepdistill.trainers.base import Loss, Pass, Trainer, Turn
 from stepdistill.trainers.beginning import renewed
 from stepdistill.trainers.fixed_point import FixedPoint, Proof
 from stepdistill.trainers.settings import TrainConfig
+from stepdistill.trainers.solvers import Asked, Data, Euler, Solved, Walk
 from stepdistill.trainers.trajectory.pairs import Ect, Pairs, Span
 
 
@@ -48,8 +48,9 @@ class ConsistencyConfig(TrainConfig):
     """Settings of ``consistency``."""
 
     pairs: Plugged[Pairs] = Field(default_factory=Ect, description="which times are compared")
-    solver: Literal["euler", "heun", "data"] = Field(
-        "euler", description="the teacher's step from t to r, or data: the image's own state at r"
+    solver: Solved = Field(
+        default_factory=Euler,
+        description="the teacher's steps from t to r, or data: the image's own state at r",
     )
     target: Literal["stop_gradient", "ema"] = Field(
         "stop_gradient", description="whose estimate at r is the target"
@@ -110,7 +111,7 @@ class ConsistencyTrainer(Trainer):
             UserError: guidance without a teacher's step, or a beginning that is not to be had.
         """
         c = self.config
-        if c.solver == "data" and c.guided:
+        if isinstance(c.solver, Data) and c.guided:
             raise UserError(
                 "guidance: solver=data asks the teacher nothing that could be guided; set "
                 "guidance=1 and no guidance_range"
@@ -134,10 +135,13 @@ class ConsistencyTrainer(Trainer):
         """The end of the chain of steps by which estimates are compared, from any time to 0.
 
         With ``solver: data`` and a squared distance, the mean of an image's own states is where
-        Euler's step leads.
+        Euler's step leads. Of a solver that draws noise it is the mean as well, which has a closed
+        form where the teacher's estimates are affine.
         """
-        solver: Literal["euler", "heun"] = "heun" if self.config.solver == "heun" else "euler"
-        return FixedPoint("map", follow=self.chain, solver=solver)
+        solver = self.config.solver
+        return FixedPoint(
+            "map", follow=self.chain, solver=solver if isinstance(solver, Walk) else "euler"
+        )
 
     def chain(self, t: float) -> Grid:
         """Times from t to 0, each the partner of the one before, at the end of the run."""
@@ -165,10 +169,10 @@ class ConsistencyTrainer(Trainer):
         z = self.z(batch, rng)
         x_t = self.process.noise(batch.x, z, t)
         with torch.no_grad():
-            if c.solver == "data":
-                x_r = self.process.noise(batch.x, z, r)
+            if isinstance(c.solver, Walk):
+                x_r = self.solve(c.solver, x_t, t, r, batch, rng)
             else:
-                x_r = self.solve(x_t, t, r, batch, rng)
+                x_r = self.process.noise(batch.x, z, r)
             target = self.jump(self.target_net or student, x_r, r, end, batch)
         estimate = self.jump(student, x_t, t, end, batch)
         delta = estimate - target
@@ -177,15 +181,16 @@ class ConsistencyTrainer(Trainer):
         logs = {"loss": loss, "distance": delta.abs().mean()}
         return Loss(loss, logs | sample_parts(estimate))
 
-    def solve(self, x_t: Tensor, t: Tensor, r: Tensor, batch: Batch, rng: Rng) -> Tensor:
-        """The teacher's step from t to r."""
+    def solve(
+        self, solver: Walk, x_t: Tensor, t: Tensor, r: Tensor, batch: Batch, rng: Rng
+    ) -> Tensor:
+        """The teacher's steps from t to r."""
         scale: float | Tensor = self.config.guidance
         if self.config.guidance_range is not None:
             low, high = self.config.guidance_range
             scale = low + (high - low) * rng.uniform("guidance", batch.index)
-        if self.config.solver == "heun":
-            return heun_step(self.teacher, x_t, t, r, batch.cond, scale)
-        return move(guided(self.teacher, x_t, t, batch.cond, scale), self.process, r)
+        asked = Asked(self.teacher, batch.cond, scale)
+        return solver(asked, x_t, t, r, lambda k: self.z(batch, rng, f"solver-{k}"))
 
     def jump(self, den: Denoiser, x_t: Tensor, t: Tensor, end: Tensor, batch: Batch) -> Tensor:
         """The estimate of the state at times ``end`` [B]; where that is t, the state itself."""
@@ -225,8 +230,8 @@ class ConsistencyTrainer(Trainer):
         return super().members() + ([("target", target)] if target is not None else [])
 
     def passes(self) -> list[Pass]:
-        """Teacher's step, target, student."""
-        calls = {"euler": 1, "heun": 2, "data": 0}[self.config.solver]
+        """Teacher's steps, target, student."""
+        calls = self.config.solver.passes
         step = Pass("teacher", "forward", calls, 2 if self.config.guided else 1)
         own = [Pass("student", "forward"), Pass("student", "train")]
         return [step, *own] if calls else own

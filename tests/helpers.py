@@ -68,6 +68,13 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "no_rollout": {"critic_rollout": False, "critic_steps": 2, "phase_steps": 3},
     },
     "reflow": {"huber": {}},
+    "scott": {
+        "adversarial": {
+            "adversary": {"student": 0.4, "r1": 1.0},
+            "pairs": {"kind": "grid", "steps": 6},
+            "guidance": 1.5,
+        },
+    },
     "sida": {"adversarial": {"adversary": {"from_step": 0}}},
     "sim": {"score": {}, "full": {"form": "full", "guidance": 1.5, "critic_steps": 2}},
 }

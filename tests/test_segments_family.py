@@ -7,21 +7,31 @@ s, rho^2 = alpha^2 s^2 + sigma^2 and phi = atan2(sigma, alpha s).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from stepdistill.diffusion.cond import Cond
-from stepdistill.diffusion.process import EDM, RF, Process, Trig
+from stepdistill.diffusion.denoiser import Denoiser
+from stepdistill.diffusion.process import EDM, RF, Process, Trig, expand
 from stepdistill.diffusion.sampler import full
+from stepdistill.losses.distribution import Renoise
 from stepdistill.oracles.denoiser import Oracle
 from stepdistill.run.config import digest
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.find import trainer
 from stepdistill.trainers.solvers import Asked, Dpm, Euler, Heun, Sde, Walk
+from stepdistill.trainers.trajectory.rival import lifted
 from tests.helpers import batch_of, make, mlp_teacher
 
 STD = 0.5
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
 def oracle(process: Process | None = None, std: float = STD, mean: float = 0.0) -> Oracle:
@@ -123,3 +133,98 @@ def test_a_solver_by_its_name_alone_is_written_so() -> None:
     two = model(**base, solver={"kind": "euler", "substeps": 2})
     assert two.model_dump(mode="json")["solver"] == {"kind": "euler", "substeps": 2}
     assert model(**two.model_dump(mode="json")).solver == two.solver
+
+
+# SCott -------------------------------------------------------------------------------------------
+
+
+class Scaled(Denoiser):
+    """A student whose clean estimate is gain(t) x_t."""
+
+    gain: Callable[[float], float]
+
+    def raw(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """See :meth:`Denoiser.raw`."""
+        times, place = t.unique(return_inverse=True)
+        return torch.tensor([self.gain(float(one)) for one in times])[place][:, None] * x_t
+
+
+def scaled(gain: Callable[[float], float], process: Process | None = None) -> Scaled:
+    base = oracle(process)
+    made = Scaled(base.net, base.process, "x0", adapter=base.adapter)
+    made.gain = gain
+    return made
+
+
+def stepped(eta: float, width: float) -> Callable[[float], float]:
+    """The gain of theory by even steps to 0 on RF: of each, of its mean in closed form."""
+
+    def gain(t: float) -> float:
+        total = 1.0
+        for k in range(round(t / width), 0, -1):
+            now, then = k * width, (k - 1) * width
+            kept = (then * (1 - now) / (now * (1 - then))) ** (eta**2)
+            up = (1 - now) * (1 - then) * STD**2 + kept * now * then
+            total *= up / radius(RF(), now) ** 2
+        return total
+
+    return gain
+
+
+@pytest.mark.parametrize("eta", [0.5, 1.0])
+def test_scott_rests_at_the_mean_over_its_solver_s_noise(eta) -> None:
+    """Where gain(r) is theory's, the squared distance is least at theory's gain(t) too."""
+    made = make(
+        "scott",
+        oracle(),
+        batch_size=40_000,
+        start=0.75,
+        pairs={"kind": "grid", "steps": 6},
+        solver={"kind": "sde", "eta": eta, "substeps": 2},
+        metric="l2",
+        weight="one",
+    )
+    theory, losses = stepped(eta, 0.0625), []
+    made.target_net = scaled(theory)
+    batch = made.batch(0)
+    batch = replace(batch, x=STD * Rng(1).normal("x", batch.index, (1,)))
+    for factor in (0.9, 1.0, 1.1):
+        made.players["student"].denoiser = scaled(lambda t, f=factor: f * theory(t))
+        losses.append(float(made.loss(batch, Rng(0).at(0)).value))
+    low, middle, high = losses  # a parabola
+    assert 1 - 0.05 * (high - low) / (high - 2 * middle + low) == pytest.approx(1, abs=0.01)
+    if eta == 1:  # the posterior mean, whatever the steps
+        assert theory(0.5) == pytest.approx(0.5 * STD**2 / radius(RF(), 0.5) ** 2)
+    assert theory(0.75) < 0.85 * stepped(0.0, 0.0625)(0.75)
+
+
+def test_scott_s_discriminator_tells_clean_estimates_from_the_data() -> None:
+    """Its level is drawn from all times, and the student's part is its weight times its loss."""
+    keys = {"adversary": {"student": 0.4}, "metric": "l2", "pairs": {"kind": "grid", "steps": 6}}
+    made, plain = make("scott", mlp_teacher(), **keys), make("scott", mlp_teacher(), metric="l2")
+    batch, rng = batch_of(made, 0), Rng(0).at(0)
+    loss = made.loss(batch, rng)
+    with_it, cost = float(loss.value.detach()), float(loss.logs["adversarial"].detach())
+    made.rival = None
+    assert with_it == pytest.approx(float(made.loss(batch, rng).value.detach()) + cost)
+    assert [turn.player for turn in plain.turns(0)] == ["student"]
+    made = make("scott", mlp_teacher(), **keys)
+    made.loss(batch, rng)
+    states, real, further = made.rival.seen
+    assert not states.requires_grad and real is batch.x and not further.end.any()
+
+
+def test_states_are_noised_further_by_the_process_s_own_kernel() -> None:
+    """States at end whose law is N(0, sigma^2) become those of a later time, above the end."""
+    many, end = torch.arange(20_000), torch.full((20_000,), 0.4)
+    for process in (RF(), Trig(1.0)):
+        t = lifted(process.t_max * torch.rand(20_000, generator=seeded(0)), end, process)
+        assert (t >= end).all() and (t <= process.t_max).all() and t.min() < 0.41
+        x = expand(process.coefs(end).sigma, many[:, None]) * Rng(0).normal("z", many, (1,))
+        kernel = Renoise(process.coefs(end).expand(x), process.coefs(t).expand(x))
+        x_t = kernel.state(x, Rng(0).normal("e", many, (1,)))
+        unit = x_t / process.coefs(t).expand(x).sigma
+        assert float(unit.var()) == pytest.approx(1, abs=0.03)
+    low = torch.zeros(5)
+    same = torch.tensor([0.0, 0.2, 0.5, 0.7, 1.0])
+    torch.testing.assert_close(lifted(same, low, RF()), same)

@@ -72,6 +72,11 @@ class Walk(Solver):
     substeps: int = Field(1, ge=1, description="steps of the teacher from t to r")
 
     @property
+    def random(self) -> bool:
+        """Whether steps draw noise."""
+        return False
+
+    @property
     def passes(self) -> int:
         """See :attr:`Solver.passes`."""
         return self.calls * self.substeps
@@ -176,6 +181,11 @@ class Sde(Walk):
 
     eta: float = Field(0.3, ge=0, description="noise of the SDE; 0: none, 1: all")
 
+    @property
+    def random(self) -> bool:
+        """See :attr:`Walk.random`."""
+        return self.eta > 0
+
     def along(
         self, teacher: Asked, x_t: Tensor, times: Sequence[Tensor], fresh: Fresh | None
     ) -> Tensor:
@@ -184,7 +194,7 @@ class Sde(Walk):
             pred = teacher(x_t, t)
             share = expand(self.kept(teacher.process, t, r), x_t)
             noise = share * pred.z
-            if fresh is not None and self.eta:
+            if fresh is not None and self.random:
                 noise = noise + (1 - share**2).clamp_min(0).sqrt() * fresh(k)
             x_t = move(pred, teacher.process, r, noise)
         return x_t
@@ -204,5 +214,3 @@ def brief(solver: Solver) -> Any:
 
 Solved = Annotated[Plugged[Solver], PlainSerializer(brief)]
 """The type of a config key that holds a solver, by its name or with its settings."""
-Walked = Annotated[Plugged[Walk], PlainSerializer(brief)]
-"""The type of a config key that holds a solver that asks the teacher."""

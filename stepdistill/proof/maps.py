@@ -71,7 +71,8 @@ def walk(trial: Trial, x_t: Tensor, times: Grid, cond: Cond) -> Tensor:
 def judge_map(made: Judge) -> None:
     """Images against the ends of the teacher's walks, from the same noise."""
     trial = made.trial
-    exact = trial.affine and trial.point.tilt is None  # a tilt is learnt by samples
+    sampled = trial.point.tilt is not None or trial.point.walk.random  # learnt by samples
+    exact = trial.affine and not sampled
     tolerance = EXACT if exact else SMALL
     ideal, student = Ideal(trial), trial.trainer.best()
     for steps in looked_at(trial):

@@ -178,8 +178,17 @@ class ConsistencyTrainer(Trainer):
         delta = estimate - target
         c_huber = huber_constant(delta.shape, c.huber_scale)
         loss = (pair_weight(t, r, c.weight) * distance(delta, c.metric, c_huber)).mean()
-        logs = {"loss": loss, "distance": delta.abs().mean()}
+        more = self.beside(estimate, target, end, batch, rng)
+        for part in more.values():
+            loss = loss + part
+        logs = {"loss": loss, "distance": delta.abs().mean(), **more}
         return Loss(loss, logs | sample_parts(estimate))
+
+    def beside(
+        self, estimate: Tensor, target: Tensor, end: Tensor, batch: Batch, rng: Rng
+    ) -> dict[str, Tensor]:
+        """What the student's estimates of states at ``end`` [B] cost beside that distance."""
+        return {}
 
     def solve(
         self, solver: Walk, x_t: Tensor, t: Tensor, r: Tensor, batch: Batch, rng: Rng

@@ -47,6 +47,14 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
     "gdd": {"frozen": {"freeze": ("blocks.*",)}},
+    "hyper_sd": {
+        "adversarial": {
+            "end": "random",
+            "pairs": {"kind": "grid", "steps": 8},
+            "guidance": 1.5,
+            "adversary": {"student": 0.1, "r1": 1.0},
+        },
+    },
     "ladd": {"teacher": {"student_steps": 2, "discriminator_steps": 2, "adversary": {"r1": 1.0}}},
     "crd": {"tilted by a reward": {"group_size": 2, "student_steps": 2, "guidance": 1.5}},
     "mdt_dist": {

@@ -18,14 +18,20 @@ from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.diffusion.process import EDM, RF, Process, Trig, expand
 from stepdistill.diffusion.sampler import full
+from stepdistill.losses.consistency import landing_estimate
 from stepdistill.losses.distribution import Renoise
 from stepdistill.oracles.denoiser import Oracle
 from stepdistill.run.config import digest
+from stepdistill.run.errors import UserError
 from stepdistill.run.rng import Rng
+from stepdistill.trainers.base import Trainer
 from stepdistill.trainers.find import trainer
 from stepdistill.trainers.solvers import Asked, Dpm, Euler, Heun, Sde, Walk
 from stepdistill.trainers.trajectory.rival import lifted
-from tests.helpers import batch_of, make, mlp_teacher
+from tests.helpers import batch_of, make, mlp_teacher, run, same, saved
+from tests.test_times_and_segments import Jumper, euler
+from tests.test_times_and_segments import oracle as flow
+from tests.test_times_and_segments import walked as along
 
 STD = 0.5
 
@@ -228,3 +234,186 @@ def test_states_are_noised_further_by_the_process_s_own_kernel() -> None:
     low = torch.zeros(5)
     same = torch.tensor([0.0, 0.2, 0.5, 0.7, 1.0])
     torch.testing.assert_close(lifted(same, low, RF()), same)
+
+
+# TLCM --------------------------------------------------------------------------------------------
+
+
+def image_free(**keys: object) -> Trainer:
+    base = {"metric": "l2", "weight": "one", "pairs": {"kind": "grid", "steps": 8}}
+    return make("tlcm", flow(), batch_size=64, **{**base, **keys})
+
+
+def test_states_without_data_are_those_of_the_teacher_s_walk() -> None:
+    """Of a time in the s-th segment from the noisiest, after s even Euler steps."""
+    made = image_free(student_steps=4)
+    assert made.needs == "labels" and made.batch(0).x is None
+    batch, rng = made.batch(0), Rng(0).at(0)
+    z = made.z(batch, rng)
+    for t, steps in ((1.0, 1), (0.8, 1), (0.75, 2), (0.6, 2), (0.5, 3), (0.3, 3), (0.1, 4)):
+        x_t, factor = made.reached(full(z, t), batch, rng), 1.0
+        for k in range(steps):
+            ends = (1 + (t - 1) * k / steps, 1 + (t - 1) * (k + 1) / steps)
+            factor *= euler(*ends) if t < 1 else 1.0
+        torch.testing.assert_close(x_t, factor * z, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("segments", [1, 2, 4])
+def test_tlcm_s_segments_rest_where_those_of_pcm_do(segments) -> None:
+    made = image_free(student_steps=segments, milestones=None)
+    for count, rests in ((8, True), (16, False)):
+        made.players["student"].denoiser = Jumper(made.teacher, made, along(count))
+        loss = float(made.loss(made.batch(0), Rng(0).at(0)).value)
+        assert (loss < 1e-9) == rests and (loss > 1e-5) != rests
+
+
+def test_tlcm_s_milestones_rest_at_the_product_of_the_teacher_s_sub_steps() -> None:
+    """From every milestone, whatever samples of its own the student makes on the way."""
+    second = {"share": 0.5, "own_steps": 2, "substeps": 3}
+    made = image_free(student_steps=4, milestones=second)
+    made.prepare(3)
+    t, r = made.times(made.batch(0), Rng(0).at(3))
+    assert {(float(a), float(b)) for a, b in zip(t, r, strict=True)} == {
+        (1.0, 0.75),
+        (0.75, 0.5),
+        (0.5, 0.25),
+        (0.25, 0.0),
+    }
+    for count, rests in ((12, True), (8, False)):  # four milestones of three sub-steps
+        made.players["student"].denoiser = Jumper(made.teacher, made, along(count))
+        loss = float(made.loss(made.batch(0), Rng(0).at(3)).value)
+        assert (loss < 1e-9) == rests and (loss > 1e-5) != rests
+
+
+@pytest.mark.parametrize("at", [1, 4, 6])
+def test_tlcm_s_stages_survive_a_resume_in_their_middle(at) -> None:
+    """Before the second stage, one step into it, and further; rate and schedule are its own."""
+    keys = {"steps": 8, "milestones": {"share": 0.625, "pace": 0.5}}
+    keys["optim"] = {"lr": 1e-3, "decay": "linear"}
+    whole, first, again = (make("tlcm", mlp_teacher(), **keys) for _ in range(3))
+    run(whole, 0, 8)
+    run(first, 0, at)
+    again.load_state(at, *saved(first))
+    run(again, at, 8)
+    same(saved(again)[0], saved(whole)[0])
+    student = again.players["student"]
+    assert (again.stage, student.total, student.updates) == (1, 5, 5)
+    assert student.config.lr == 5e-4 and trainer("tlcm").kept == ("steps",)
+
+
+@pytest.mark.parametrize(
+    ("keys", "line"),
+    [
+        ({"milestones": {"own_steps": 3}}, "own_steps=3 is no divisor of student_steps=8"),
+        ({"steps": 2}, "steps=2 leaves a stage without a step"),
+        ({"solver": "data"}, "solver=data takes states of images, and states=teacher has none"),
+    ],
+)
+def test_tlcm_refuses_what_does_not_fit(keys, line) -> None:
+    with pytest.raises(UserError, match=line):
+        make("tlcm", mlp_teacher(), **keys)
+
+
+# Hyper-SD ----------------------------------------------------------------------------------------
+
+
+def staged(**keys: object) -> Trainer:
+    base = {"metric": "l2", "weight": "one", "pairs": {"kind": "grid", "steps": 16}, "steps": 8}
+    return make("hyper_sd", flow(), batch_size=64, adversary=None, **{**base, **keys})
+
+
+@pytest.mark.parametrize(("stage", "segments"), [(0, 8), (1, 4), (2, 2), (3, 1)])
+def test_hyper_sd_s_stages_rest_at_euler_s_product_within_their_segments(stage, segments) -> None:
+    """With fixed ends: of 8, 4, 2 and 1 segments, and so of as many steps."""
+    made = staged()
+    made.prepare(2 * stage)
+    assert made.segments == segments and len(made.milestones) == segments + 1
+    batch, rng = batch_of(made, 0), Rng(0).at(2 * stage)
+    for count, rests in ((16, True), (32, False)):
+        made.target_net = Jumper(made.teacher, made, along(count))
+        made.players["student"].denoiser = made.target_net
+        loss = float(made.loss(batch, rng).value)
+        assert (loss < 1e-9) == rests and (loss > 1e-6) != rests
+
+
+def test_hyper_sd_in_one_stage_of_one_segment_is_consistency_bit_for_bit() -> None:
+    keys = {"pairs": {"kind": "grid", "steps": 8}, "target": "ema"}
+    ends = []
+    for method, own in (("consistency", {}), ("hyper_sd", {"first": 1, "adversary": None})):
+        made = make(method, mlp_teacher(), **keys, **own)
+        run(made, 0, 5)
+        ends.append(made.players["student"].params)
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+def test_hyper_sd_s_random_ends_lie_between_the_segment_s_end_and_r() -> None:
+    pairs = {"kind": "grid", "steps": 64}
+    made = make("hyper_sd", mlp_teacher(), batch_size=8192, end="random", pairs=pairs)
+    t, r = made.times(made.batch(0), Rng(0).at(0))
+    end, low = made.ends(t, r, made.batch(0), Rng(0).at(0)), made.end(t)
+    assert (low <= end).all() and (end <= r).all() and (r < t).all()
+    part = ((end - low) / (r - low))[r - low > 1e-3]
+    assert float(part.mean()) == pytest.approx(0.5, abs=0.02)
+    assert float(part.var()) == pytest.approx(1 / 12, abs=0.005)
+
+
+def test_hyper_sd_s_optimum_depends_on_the_end_that_the_network_is_not_told() -> None:
+    """kappa = cos((phi + psi) / 2) / cos((phi - psi) / 2) of the spec: so random ends are a
+    compromise; a jump to 0 asks for less of the state than one next door, which asks for E[x]."""
+
+    def estimate(t: float, end: float) -> float:
+        one = torch.ones(1, 1, dtype=torch.float64)
+        x_r = one * radius(RF(), end) / radius(RF(), t)
+        at = [torch.tensor([v], dtype=torch.float64) for v in (t, end)]
+        return float(landing_estimate(one, x_r, *at, RF()))
+
+    phi = math.atan2(0.6, 0.4 * STD)
+    for end in (0.0, 0.3, 0.5, 0.599):
+        psi = math.atan2(end, (1 - end) * STD)
+        kappa = math.cos((phi + psi) / 2) / math.cos((phi - psi) / 2)
+        assert estimate(0.6, end) == pytest.approx(STD * kappa / radius(RF(), 0.6), rel=1e-6)
+    assert estimate(0.6, 0.0) > estimate(0.6, 0.3) > estimate(0.6, 0.5)
+
+
+def test_hyper_sd_s_discriminator_is_new_in_every_stage_of_few_segments() -> None:
+    made, seen = make("hyper_sd", mlp_teacher(), steps=8), []
+    for step in range(8):
+        made.prepare(step)
+        names = [turn.player for turn in made.turns(step)]
+        assert names == ["student", *(["discriminator"] if step >= 4 else [])]
+        if step in (4, 6):
+            heads = made.players["discriminator"]
+            assert heads.updates == 0 and all(heads is not other for other in seen)
+            seen.append(heads)
+        run(made, step, step + 1)
+
+
+@pytest.mark.parametrize("at", [3, 5, 6, 7])
+def test_hyper_sd_s_stages_survive_a_resume_in_their_middle(at) -> None:
+    whole, first, again = (make("hyper_sd", mlp_teacher(), steps=8) for _ in range(3))
+    run(whole, 0, 8)
+    run(first, 0, at)
+    again.load_state(at, *saved(first))
+    run(again, at, 8)
+    same(saved(again)[0], saved(whole)[0])
+    assert again.stage == 3 and trainer("hyper_sd").kept == ("steps",)
+
+
+def test_hyper_sd_samples_in_any_few_steps_or_in_its_segments() -> None:
+    made = make("hyper_sd", mlp_teacher())
+    assert sorted(made.grids()) == [1, 2, 4, 8] and made.noise == "fresh"
+    made = make("hyper_sd", mlp_teacher(), student_steps=4)
+    assert sorted(made.grids()) == [4] and made.noise == "predicted"
+
+
+@pytest.mark.parametrize(
+    ("keys", "line"),
+    [
+        ({"first": 6}, "first=6 is not student_steps=1, doubled or not; set first to one of 1, 2"),
+        ({"steps": 3}, "steps=3 leaves one of 4 stages without a step; give more"),
+        ({"pairs": {"kind": "grid", "steps": 12}}, "first=8: its steps begin at times"),
+    ],
+)
+def test_hyper_sd_refuses_stages_that_do_not_fit(keys, line) -> None:
+    with pytest.raises(UserError, match=line):
+        make("hyper_sd", mlp_teacher(), **keys)

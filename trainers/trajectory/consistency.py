@@ -8,6 +8,7 @@ to its own (or its average's) estimate at r, which is exact at r = 0.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -30,7 +31,7 @@ from stepdistill.trainers.base import Loss, Pass, Trainer, Turn
 from stepdistill.trainers.beginning import renewed
 from stepdistill.trainers.fixed_point import FixedPoint, Proof
 from stepdistill.trainers.settings import TrainConfig
-from stepdistill.trainers.solvers import Asked, Data, Euler, Solved, Walk
+from stepdistill.trainers.solvers import Asked, Data, Euler, Solved, Solver, Walk
 from stepdistill.trainers.trajectory.pairs import Ect, Pairs, Span
 
 
@@ -83,7 +84,7 @@ class ConsistencyTrainer(Trainer):
 
     Config = ConsistencyConfig
     config: ConsistencyConfig
-    needs = "data"
+    needs: Literal["labels", "data", "pairs"] = "data"
     clips = True
     noise: NoiseSource = "fresh"
     sizes: tuple[int, ...] = (1, 2, 4, 8)
@@ -159,20 +160,32 @@ class ConsistencyTrainer(Trainer):
         """Where the estimates of states at times t [B] lie that are compared: the clean image."""
         return torch.zeros_like(t)
 
+    def ends(self, t: Tensor, r: Tensor, batch: Batch, rng: Rng) -> Tensor:
+        """Where the estimates of the pairs (t, r) [B] lie: by t alone, unless a method draws it."""
+        return self.end(t)
+
+    @property
+    def solver(self) -> Solver:
+        """How the state at r comes about, at present."""
+        return self.config.solver
+
+    def noised(self, t: Tensor, batch: Batch, rng: Rng) -> Tensor:
+        """The states at times t [B] whose estimates are learnt: the data's."""
+        assert batch.x is not None
+        return self.process.noise(batch.x, self.z(batch, rng), t)
+
     def loss(self, batch: Batch, rng: Rng) -> Loss:
         """Distance between the estimates at t and at r."""
         c = self.config
-        assert batch.x is not None
         student = self.denoiser("student")
         t, r = self.times(batch, rng)
-        end = self.end(t)
-        z = self.z(batch, rng)
-        x_t = self.process.noise(batch.x, z, t)
+        end = self.ends(t, r, batch, rng)
         with torch.no_grad():
-            if isinstance(c.solver, Walk):
-                x_r = self.solve(c.solver, x_t, t, r, batch, rng)
+            x_t = self.noised(t, batch, rng)
+            if isinstance(self.solver, Walk):
+                x_r = self.solve(self.solver, x_t, t, r, batch, rng)
             else:
-                x_r = self.process.noise(batch.x, z, r)
+                x_r = self.noised(r, batch, rng)
             target = self.jump(self.target_net or student, x_r, r, end, batch)
         estimate = self.jump(student, x_t, t, end, batch)
         delta = estimate - target
@@ -194,12 +207,20 @@ class ConsistencyTrainer(Trainer):
         self, solver: Walk, x_t: Tensor, t: Tensor, r: Tensor, batch: Batch, rng: Rng
     ) -> Tensor:
         """The teacher's steps from t to r."""
+        fresh = partial(self.fresh, batch, rng)
+        return solver(self.asked(batch, rng), x_t, t, r, fresh)
+
+    def fresh(self, batch: Batch, rng: Rng, step: int) -> Tensor:
+        """The noise of a solver's step by its number."""
+        return self.z(batch, rng, f"solver-{step}")
+
+    def asked(self, batch: Batch, rng: Rng) -> Asked:
+        """The teacher under the batch's conditions, guided by what is drawn for each sample."""
         scale: float | Tensor = self.config.guidance
         if self.config.guidance_range is not None:
             low, high = self.config.guidance_range
             scale = low + (high - low) * rng.uniform("guidance", batch.index)
-        asked = Asked(self.teacher, batch.cond, scale)
-        return solver(asked, x_t, t, r, lambda k: self.z(batch, rng, f"solver-{k}"))
+        return Asked(self.teacher, batch.cond, scale)
 
     def jump(self, den: Denoiser, x_t: Tensor, t: Tensor, end: Tensor, batch: Batch) -> Tensor:
         """The estimate of the state at times ``end`` [B]; where that is t, the state itself."""
@@ -240,7 +261,7 @@ class ConsistencyTrainer(Trainer):
 
     def passes(self) -> list[Pass]:
         """Teacher's steps, target, student."""
-        calls = self.config.solver.passes
+        calls = self.solver.passes
         step = Pass("teacher", "forward", calls, 2 if self.config.guided else 1)
         own = [Pass("student", "forward"), Pass("student", "train")]
         return [step, *own] if calls else own

@@ -50,7 +50,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "hyper_sd": {
         "adversarial": {
             "end": "random",
-            "pairs": {"kind": "grid", "steps": 8},
+            "pairs": {"kind": "grid", "steps": 16},
             "guidance": 1.5,
             "adversary": {"student": 0.1, "r1": 1.0},
         },

@@ -67,12 +67,12 @@ class HyperSDTrainer(SegmentsTrainer):
     proofs: ClassVar = {
         "four to one": Proof(
             ("gaussian",),
-            {"first": 4, "pairs": {"kind": "grid", "steps": 8}, "metric": "l2", "adversary": None},
+            {"first": 4, "pairs": {"kind": "grid", "steps": 16}, "metric": "l2", "adversary": None},
             effort=2.0,
         ),
         "eight to two": Proof(
             ("gaussian", "gmm1d"),
-            {"first": 8, "student_steps": 2, "pairs": {"kind": "grid", "steps": 8}}
+            {"first": 8, "student_steps": 2, "pairs": {"kind": "grid", "steps": 16}}
             | {"metric": "l2", "adversary": None},
             effort=2.0,
         ),

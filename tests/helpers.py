@@ -34,6 +34,15 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         },
         "data": {"solver": "data", "pairs": {"kind": "grid", "steps": 6}},
     },
+    "dcm": {
+        "adversarial": {
+            "semantic_share": 0.5,
+            "pairs": {"kind": "grid", "steps": 6},
+            "guidance": 1.5,
+            "target": "ema",
+            "adversary": {"r1": 1.0},
+        },
+    },
     "denoising": {"flow": {"network": SMALL_NETWORK}},
     "dmd": {
         "one_step": {"guidance": 2.0},

@@ -18,7 +18,8 @@ from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.diffusion.process import EDM, RF, Process, Trig, expand
 from stepdistill.diffusion.sampler import full
-from stepdistill.losses.consistency import landing_estimate
+from stepdistill.diffusion.timesteps import uniform_grid
+from stepdistill.losses.consistency import frame_gap, landing_estimate
 from stepdistill.losses.distribution import Renoise
 from stepdistill.oracles.denoiser import Oracle
 from stepdistill.run.config import digest
@@ -417,3 +418,108 @@ def test_hyper_sd_samples_in_any_few_steps_or_in_its_segments() -> None:
 def test_hyper_sd_refuses_stages_that_do_not_fit(keys, line) -> None:
     with pytest.raises(UserError, match=line):
         make("hyper_sd", mlp_teacher(), **keys)
+
+
+# DCM ---------------------------------------------------------------------------------------------
+
+
+def experts(**keys: object) -> Trainer:
+    base = {"metric": "l2", "weight": "one", "pairs": {"kind": "grid", "steps": 8}, "steps": 8}
+    return make("dcm", flow(), batch_size=64, **{**base, "boundary": 0.75, **keys})
+
+
+@pytest.mark.parametrize(("step", "name"), [(0, "student"), (5, "student_2")])
+def test_dcm_s_experts_rest_at_euler_s_product_in_their_own_ranges(step, name) -> None:
+    made = experts()
+    made.prepare(step)
+    batch, rng = batch_of(made, step), Rng(0).at(step)
+    t, r = made.times(batch, rng)
+    own = (t > 0.75) if name == "student" else (t <= 0.75)
+    assert made.active == name and own.all() and (r >= made.end(t)).all()
+    for count, rests in ((8, True), (16, False)):
+        made.players[name].denoiser = Jumper(made.teacher, made, along(count))
+        loss = float(made.loss(batch, rng).value)
+        assert (loss < 1e-9) == rests and (loss > 1e-6) != rests
+
+
+def test_dcm_s_two_jumps_walk_the_teacher_s_whole_path() -> None:
+    """On the shifted grid of fifty times that the spec names, with its border: 12 and 38 steps."""
+    teacher = oracle(RF(17.0))
+    keys = {"pairs": {"kind": "grid", "steps": 50}, "boundary": 0.981763}
+    made, whole = make("dcm", teacher, **keys), uniform_grid(RF(17.0), 50)
+    assert made.place == 12 and whole[12] == pytest.approx(0.98176, abs=5e-6)
+    (grid,) = made.grids().values()
+    assert grid == (1.0, 0.981763, 0.0)
+    path = [*made.chain(1.0)[:-1], *made.chain(float(made.milestones[1]))]
+    torch.testing.assert_close(path, list(whole), rtol=0, atol=1e-5)
+    at = made.milestones[1].expand(3)
+    x = torch.randn(3, 1, generator=seeded(1))
+    assert torch.equal(made.jump(teacher, x, at, at, made.batch(0)), x)  # at the border, the state
+
+
+def test_dcm_s_temporal_term_is_of_changes_over_frames() -> None:
+    delta = torch.randn(2, 3, 7, 2, 2, generator=seeded(0))
+    assert frame_gap(torch.zeros_like(delta), 3).tolist() == [0, 0]
+    assert float(frame_gap(delta[:, :, :1].expand_as(delta), 3).abs().max()) == 0
+    rising = torch.arange(7.0)[None, None, :, None, None].expand(2, 3, 7, 2, 2)
+    torch.testing.assert_close(frame_gap(rising, 3), torch.tensor([9.0, 9.0]))
+    assert frame_gap(delta, 3)[0] == (delta[0, :, 3:] - delta[0, :, :-3]).square().mean()
+
+
+def test_dcm_adds_the_temporal_term_for_videos_to_the_semantic_expert_alone() -> None:
+    teacher = Oracle(RF(), "velocity", torch.zeros(1, 2, 5, 2, 2), 0.7)
+    keys = {"pairs": {"kind": "grid", "steps": 8}, "steps": 8, "temporal_lag": 2}
+    made, plain = (make("dcm", teacher, temporal=weight, **keys) for weight in (0.5, 0.0))
+    for one in (made, plain):  # another student than the teacher, whose jumps are off
+        one.players["student"].denoiser = Oracle(RF(), "velocity", torch.ones(1, 2, 5, 2, 2), 0.4)
+    batch, rng = batch_of(made, 0), Rng(0).at(0)
+    loss, bare = (one.loss(batch, rng) for one in (made, plain))
+    cost = float(loss.logs["temporal"].detach())
+    assert cost > 0
+    assert float((loss.value - bare.value).detach()) == pytest.approx(cost, rel=1e-3)
+    made.prepare(5)
+    assert "temporal" not in made.loss(batch, rng).logs
+
+
+def test_dcm_s_second_expert_begins_as_the_first_one_ends() -> None:
+    made = make("dcm", mlp_teacher(), steps=8)
+    run(made, 0, 5)
+    first = [param.clone() for param in made.players["student"].averages]
+    made.prepare(5)
+    for name in ("student", "student_2"):
+        own = made.players[name].weights
+        assert all(torch.equal(a, b) for a, b in zip(own, first, strict=True))
+    run(made, 5, 8)
+    assert all(
+        torch.equal(a, b) for a, b in zip(made.players["student"].weights, first, strict=True)
+    )
+    assert made.best().at(0.7) is made.players["student"].best
+    assert made.best().at(0.5) is made.players["student_2"].best
+
+
+@pytest.mark.parametrize("at", [3, 5, 6, 7])
+def test_dcm_s_experts_survive_a_resume_in_their_middle(at) -> None:
+    keys = {"steps": 8, "adversary": {"student": 0.1}, "target": "ema"}
+    whole, first, again = (make("dcm", mlp_teacher(), **keys) for _ in range(3))
+    run(whole, 0, 8)
+    run(first, 0, at)
+    again.load_state(at, *saved(first))
+    run(again, at, 8)
+    same(saved(again)[0], saved(whole)[0])
+
+
+@pytest.mark.parametrize(
+    ("keys", "line"),
+    [
+        (
+            {"boundary": 0.8},
+            "boundary=0.8 is none of the times that pairs compare; set it to 0.81",
+        ),
+        ({"pairs": "ect"}, "pairs: experts learn at the times of a grid; set pairs.kind to grid"),
+        ({"steps": 1}, "steps=1 leaves an expert without a step"),
+        ({"temporal": 1.0}, r"temporal: samples are \[4\], and not \[channels, frames"),
+    ],
+)
+def test_dcm_refuses_what_does_not_fit(keys, line) -> None:
+    with pytest.raises(UserError, match=line):
+        make("dcm", mlp_teacher(), **keys)

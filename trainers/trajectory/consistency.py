@@ -160,6 +160,11 @@ class ConsistencyTrainer(Trainer):
         """Where the estimates of states at times t [B] lie that are compared: the clean image."""
         return torch.zeros_like(t)
 
+    @property
+    def active(self) -> str:
+        """The player that is trained at present."""
+        return "student"
+
     def ends(self, t: Tensor, r: Tensor, batch: Batch, rng: Rng) -> Tensor:
         """Where the estimates of the pairs (t, r) [B] lie: by t alone, unless a method draws it."""
         return self.end(t)
@@ -177,7 +182,7 @@ class ConsistencyTrainer(Trainer):
     def loss(self, batch: Batch, rng: Rng) -> Loss:
         """Distance between the estimates at t and at r."""
         c = self.config
-        student = self.denoiser("student")
+        student = self.denoiser(self.active)
         t, r = self.times(batch, rng)
         end = self.ends(t, r, batch, rng)
         with torch.no_grad():
@@ -236,7 +241,7 @@ class ConsistencyTrainer(Trainer):
         logs = super().step(step, batch)
         if self.target_net is not None:
             weight = 1 - self.config.target_decay
-            torch._foreach_lerp_(self.target_params, self.players["student"].params, weight)
+            torch._foreach_lerp_(self.target_params, self.players[self.active].weights, weight)
         return logs
 
     def state(self) -> dict[str, dict[str, Tensor]]:

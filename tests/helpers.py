@@ -55,6 +55,15 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
             "critic_follows": 0.0,  # it would move the fake score whatever its gradient is
         },
     },
+    "flash_wam": {
+        "two groups": {
+            "groups": (1, 3),
+            "families": ("preserving", "linear"),
+            "shares": (1.0, 0.5),
+            "pairs": {"kind": "grid", "steps": 6},
+            "target": "ema",
+        },
+    },
     "gdd": {"frozen": {"freeze": ("blocks.*",)}},
     "hyper_sd": {
         "adversarial": {

@@ -14,11 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from stepdistill.commands.export import literal_rows
 from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.diffusion.process import EDM, RF, Process, Trig, expand
 from stepdistill.diffusion.sampler import full
 from stepdistill.diffusion.timesteps import uniform_grid
+from stepdistill.losses.boundary import boundary
 from stepdistill.losses.consistency import frame_gap, landing_estimate
 from stepdistill.losses.distribution import Renoise
 from stepdistill.oracles.denoiser import Oracle
@@ -523,3 +525,83 @@ def test_dcm_s_experts_survive_a_resume_in_their_middle(at) -> None:
 def test_dcm_refuses_what_does_not_fit(keys, line) -> None:
     with pytest.raises(UserError, match=line):
         make("dcm", mlp_teacher(), **keys)
+
+
+# Flash-WAM ---------------------------------------------------------------------------------------
+
+
+def test_flash_wam_s_boundary_functions_are_the_published_ones() -> None:
+    """f = c_skip x + c_out (x - s v) with sigma_data = 0.5, and f = x - s v."""
+    s = torch.tensor([0.0, 0.02, 1.0], dtype=torch.float64)
+    a, b = boundary(s, "preserving")
+    torch.testing.assert_close(b[1:], -(s[1:] ** 2) * 0.5 / (s[1:] ** 2 + 0.25).sqrt())
+    assert float(a[0]) == 1 and float(b[0]) == 0
+    assert float(a[2]) == pytest.approx(0.2 + 0.447214, abs=1e-6)
+    assert -float(b[1]) == pytest.approx(0.0004, abs=1e-6)  # a fiftieth of the linear one
+    a, b = boundary(s, "linear")
+    assert torch.equal(a, torch.ones_like(s)) and torch.equal(b, -s)
+
+
+@pytest.mark.parametrize(("family", "slope"), [("linear", 1), ("preserving", 2)])
+def test_flash_wam_s_gradient_reaches_the_network_by_b_alone(family, slope) -> None:
+    """|df/dv| = |b(s)|, of slope 1 or 2 in log-log as s falls."""
+    made = make("flash_wam", mlp_teacher(), families=(family,))
+    head = made.players["student"].denoiser.head
+    sizes = []
+    for level in (1.0, 0.5, 0.02, 0.01):
+        v = torch.randn(5, 4, generator=seeded(0)).requires_grad_()
+        x_t = torch.randn(5, 4, generator=seeded(1))
+        c = RF().coefs(torch.full((5,), level)).expand(x_t)
+        f = head.clean(v, x_t, c)
+        weight = torch.randn(5, 4, generator=seeded(2))
+        ((f * weight).sum()).backward()
+        a, b = boundary(torch.tensor(level), family)
+        torch.testing.assert_close(v.grad, b * weight, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(f.detach(), a * x_t + b * v.detach(), rtol=1e-4, atol=1e-5)
+        sizes.append(float((v.grad.norm() / weight.norm()).log()))
+    assert (sizes[2] - sizes[3]) / math.log(2) == pytest.approx(slope, abs=0.01)
+
+
+def test_flash_wam_s_linear_family_is_consistency_itself() -> None:
+    ends = []
+    for method in ("consistency", "flash_wam"):
+        made = make(method, mlp_teacher(), pairs={"kind": "grid", "steps": 6}, optim={"lr": 1e-3})
+        run(made, 0, 1)
+        ends.append(made.players["student"].params)
+    for a, b in zip(*ends, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+
+
+def test_flash_wam_s_groups_are_read_and_weighed_apart() -> None:
+    groups = {"groups": (1, 3), "families": ("preserving", "linear"), "shares": (1.0, 0.5)}
+    made = make("flash_wam", mlp_teacher(), **groups, metric="l2", target="ema")
+    heads = [made.players["student"].denoiser.head, made.players["student"].ema.head]
+    assert all(head is made.target_net.head for head in heads)
+    v, x_t = (torch.randn(5, 4, generator=seeded(k)) for k in (0, 1))
+    c = RF().coefs(torch.full((5,), 0.3)).expand(x_t)
+    a, b = boundary(torch.tensor(0.3), "preserving")
+    f = heads[0].clean(v, x_t, c)
+    torch.testing.assert_close(f[:, :1], a * x_t[:, :1] + b * v[:, :1])
+    torch.testing.assert_close(f[:, 1:], x_t[:, 1:] - 0.3 * v[:, 1:])
+    x, z = f, heads[0].noise(v, x_t, c)
+    torch.testing.assert_close(0.7 * x + 0.3 * z, x_t)
+    delta = torch.tensor([[3.0, 1.0, 2.0, 2.0]])
+    assert float(made.apart(delta)) == 9 + 0.5 * 9
+    with pytest.raises(UserError, match="export students of one group"):
+        literal_rows(made.best(), (1.0, 0.0))
+
+
+@pytest.mark.parametrize(
+    ("teacher", "keys", "line"),
+    [
+        (
+            mlp_teacher(),
+            {"groups": ({"channels": 3},)},
+            "groups: they have 3 channels, and the",
+        ),
+        (oracle(EDM()), {}, "teacher: boundary functions are of a flow's velocity"),
+    ],
+)
+def test_flash_wam_refuses_what_does_not_fit(teacher, keys, line) -> None:
+    with pytest.raises(UserError, match=line):
+        make("flash_wam", teacher, **keys)

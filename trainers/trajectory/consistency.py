@@ -194,13 +194,17 @@ class ConsistencyTrainer(Trainer):
             target = self.jump(self.target_net or student, x_r, r, end, batch)
         estimate = self.jump(student, x_t, t, end, batch)
         delta = estimate - target
-        c_huber = huber_constant(delta.shape, c.huber_scale)
-        loss = (pair_weight(t, r, c.weight) * distance(delta, c.metric, c_huber)).mean()
+        loss = (pair_weight(t, r, c.weight) * self.apart(delta)).mean()
         more = self.beside(estimate, target, end, batch, rng)
         for part in more.values():
             loss = loss + part
         logs = {"loss": loss, "distance": delta.abs().mean(), **more}
         return Loss(loss, logs | sample_parts(estimate))
+
+    def apart(self, delta: Tensor) -> Tensor:
+        """The distance [B] that a difference of two estimates [B, C, *S] stands for."""
+        c = self.config
+        return distance(delta, c.metric, huber_constant(delta.shape, c.huber_scale))
 
     def beside(
         self, estimate: Tensor, target: Tensor, end: Tensor, batch: Batch, rng: Rng

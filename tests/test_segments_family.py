@@ -594,11 +594,8 @@ def test_flash_wam_s_groups_are_read_and_weighed_apart() -> None:
 @pytest.mark.parametrize(
     ("teacher", "keys", "line"),
     [
-        (
-            mlp_teacher(),
-            {"groups": ({"channels": 3},)},
-            "groups: they have 3 channels, and the",
-        ),
+        (mlp_teacher(), {"groups": (3,)}, "groups: they have 3 channels, and the samples 4"),
+        (mlp_teacher(), {"groups": (3, 1)}, "families: 1 for 2 groups; give one for each"),
         (oracle(EDM()), {}, "teacher: boundary functions are of a flow's velocity"),
     ],
 )

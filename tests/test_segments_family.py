@@ -68,6 +68,7 @@ def test_a_stochastic_walk_shrinks_its_mean_by_a_power_of_the_cosine(eta, expect
     assert walked(Sde(eta=eta, substeps=4000), EDM(), 0.5, 0.0) == pytest.approx(expected, abs=3e-4)
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 def test_a_stochastic_step_keeps_the_law_of_noise(eta) -> None:
     """From N(alpha x, sigma^2) to the same at r, where the clean estimate is x itself."""
@@ -91,6 +92,7 @@ def test_without_noise_of_its_own_a_stochastic_step_is_euler_s() -> None:
         )
 
 
+@torch.no_grad()
 def test_from_pure_noise_a_stochastic_step_forgets_it() -> None:
     e = torch.tensor([[0.4]])
     got = Sde(eta=0.5)(

@@ -71,7 +71,7 @@ def theory(outcomes: Sequence[Outcome]) -> str:
     said = []
     maps = [point for point in points if point.kind == "map"]
     if maps:
-        names = dict.fromkeys(SOLVERS[one.walk.kind] for one in maps)
+        names = dict.fromkeys(SOLVERS.get(one.walk.kind, "its solver’s") for one in maps)
         said.append(
             "Every noise has its own image: the end of the teacher’s walk from it, in "
             f"{' or '.join(names)} steps, whose bias it inherits whole"

@@ -272,6 +272,18 @@ def test_tlcm_s_segments_rest_where_those_of_pcm_do(segments) -> None:
         assert (loss < 1e-9) == rests and (loss > 1e-5) != rests
 
 
+@pytest.mark.parametrize("segments", [1, 2])
+def test_tlcm_of_the_data_s_states_without_milestones_is_pcm_bit_for_bit(segments) -> None:
+    """And so it is consistency where there is one segment."""
+    keys = {"student_steps": segments, "pairs": {"kind": "grid", "steps": 8}, "guidance": 1.5}
+    ends = []
+    for method, own in (("pcm", {}), ("tlcm", {"states": "data", "milestones": None})):
+        made = make(method, mlp_teacher(), **keys, **own)
+        run(made, 0, 4)
+        ends.append(made.players["student"].params)
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
 def test_tlcm_s_milestones_rest_at_the_product_of_the_teacher_s_sub_steps() -> None:
     """From every milestone, whatever samples of its own the student makes on the way."""
     second = {"share": 0.5, "own_steps": 2, "substeps": 3}

@@ -34,6 +34,15 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         },
         "data": {"solver": "data", "pairs": {"kind": "grid", "steps": 6}},
     },
+    "dcm": {
+        "adversarial": {
+            "semantic_share": 0.5,
+            "pairs": {"kind": "grid", "steps": 6},
+            "guidance": 1.5,
+            "target": "ema",
+            "adversary": {"r1": 1.0},
+        },
+    },
     "denoising": {"flow": {"network": SMALL_NETWORK}},
     "dmd": {
         "one_step": {"guidance": 2.0},
@@ -50,7 +59,24 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "images": {"form": "esd", "velocity": "data", "gradient": "semi", "diagonal": 0.5},
         "divided anywhere": {"form": "psd_u", "guidance": 1.5, "diagonal": 0.5},
     },
+    "flash_wam": {
+        "two groups": {
+            "groups": (1, 3),
+            "families": ("preserving", "linear"),
+            "shares": (1.0, 0.5),
+            "pairs": {"kind": "grid", "steps": 6},
+            "target": "ema",
+        },
+    },
     "gdd": {"frozen": {"freeze": ("blocks.*",)}},
+    "hyper_sd": {
+        "adversarial": {
+            "end": "random",
+            "pairs": {"kind": "grid", "steps": 16},
+            "guidance": 1.5,
+            "adversary": {"student": 0.1, "r1": 1.0},
+        },
+    },
     "ladd": {"teacher": {"student_steps": 2, "discriminator_steps": 2, "adversary": {"r1": 1.0}}},
     "crd": {"tilted by a reward": {"group_size": 2, "student_steps": 2, "guidance": 1.5}},
     "mdt_dist": {
@@ -86,6 +112,13 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "rcm": {"guided": {"guidance": 1.5, "critic_steps": 2, "own_steps": 2}},
     "sana_sprint": {"teacher": {"guidance": 1.5}},
     "scm": {"difference": {"guidance": 1.5, "derivative": "difference", "normal": "clamp"}},
+    "scott": {
+        "adversarial": {
+            "adversary": {"student": 0.4, "r1": 1.0},
+            "pairs": {"kind": "grid", "steps": 6},
+            "guidance": 1.5,
+        },
+    },
     "sida": {"adversarial": {"adversary": {"from_step": 0}}},
     "tbcm": {
         "walks": {"points": 2},

@@ -18,8 +18,13 @@ from stepdistill.losses.heads import Discriminator, Mlp, Quadratic, Tokens
 from stepdistill.losses.preference import log_ratio, preference_loss
 from stepdistill.run.errors import UserError
 from stepdistill.run.rng import Rng
-from stepdistill.trainers.score.ladd import TeacherConfig, TeacherOpponent
-from stepdistill.trainers.score.opponent import Opponent, PictureConfig, PictureOpponent
+from stepdistill.trainers.score.opponent import (
+    Opponent,
+    PictureConfig,
+    PictureOpponent,
+    TeacherConfig,
+    TeacherOpponent,
+)
 from tests.helpers import (
     batch_of,
     dit_teacher,

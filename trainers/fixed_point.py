@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from stepdistill.diffusion.timesteps import Grid
 from stepdistill.oracles.mixture import Mixture
+from stepdistill.run.plug import made
+from stepdistill.trainers.solvers import Walk
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class FixedPoint:
         follow: for maps, the times by which the teacher is walked from a time on, down to 0, or to
             where the student's step from that time leads. The student inherits the bias of these
             steps, whole.
-        solver: of the walk.
+        solver: of the walk; of one that draws noise, the mean.
         ends: the student is told where a step ends, and lands where a fine walk by the solver does.
         straight: the student's own paths are straight: one step lands where many do.
         smooth: the student is compared by derivatives in time, or at all times at once, so that
@@ -37,7 +39,7 @@ class FixedPoint:
 
     kind: Literal["map", "law", "field"]
     follow: Callable[[float], Grid] | None = None
-    solver: Literal["euler", "heun"] = "euler"
+    solver: Literal["euler", "heun"] | Walk = "euler"
     ends: bool = False
     straight: bool = False
     smooth: bool = False
@@ -47,6 +49,11 @@ class FixedPoint:
     levels: tuple[float, ...] = ()
     guided: bool = True
     covers: bool = False
+
+    @property
+    def walk(self) -> Walk:
+        """The solver itself."""
+        return made(Walk, self.solver)  # type: ignore[type-abstract]
 
 
 @dataclass(frozen=True)

@@ -232,7 +232,11 @@ def members(den: Denoiser | Experts) -> list[Denoiser]:
 
 
 def literal_rows(den: Denoiser | Experts, grid: Grid) -> list[dict[str, float | int]]:
-    """Each step of a grid as plain numbers: what the network is fed and what it means."""
+    """Each step of a grid as plain numbers: what the network is fed and what it means.
+
+    Raises:
+        UserError: outputs that mean different things by channel.
+    """
     rows: list[dict[str, float | int]] = []
     for level, end in zip(grid, grid[1:], strict=False):
         expert = den.at(level)
@@ -240,6 +244,11 @@ def literal_rows(den: Denoiser | Experts, grid: Grid) -> list[dict[str, float | 
         t = torch.tensor([level])
         c = process.coefs(t)
         a, b, _ = expert.head.weights(c, process.sigma_data)
+        if a.numel() > 1:
+            raise UserError(
+                "groups: a pipeline of pictures reads all outputs in one way; export students of "
+                "one group"
+            )
         rows.append(
             {
                 "time": float(process.network_time(t)),

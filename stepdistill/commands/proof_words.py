@@ -10,6 +10,12 @@ from stepdistill.proof.ground import Outcome
 from stepdistill.proof.rows import EXACT, SMALL, Row
 
 HOLDS, SHORT = "holds", "falls short"
+SOLVERS = {
+    "euler": "Euler’s",
+    "heun": "Heun’s",
+    "dpm": "DPM-Solver++’s",
+    "sde": "a stochastic solver’s mean",
+}
 
 
 def figure(value: float | None) -> str:
@@ -65,7 +71,7 @@ def theory(outcomes: Sequence[Outcome]) -> str:
     said = []
     maps = [point for point in points if point.kind == "map"]
     if maps:
-        names = dict.fromkeys({"euler": "Euler’s", "heun": "Heun’s"}[one.solver] for one in maps)
+        names = dict.fromkeys(SOLVERS.get(one.walk.kind, "its solver’s") for one in maps)
         said.append(
             "Every noise has its own image: the end of the teacher’s walk from it, in "
             f"{' or '.join(names)} steps, whose bias it inherits whole"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.diffusion.process import Process
+from stepdistill.losses.regression import mean_square
 
 Weight = Literal["one", "inverse_gap"]
 SnrWeight = Literal["truncated", "plus_one"]
@@ -41,3 +42,13 @@ def snr_weight(t: Tensor, process: Process, kind: SnrWeight) -> Tensor:
     c = process.coefs(t)
     snr = (c.alpha / c.sigma) ** 2
     return snr.clamp_min(1.0) if kind == "truncated" else snr + 1
+
+
+def frame_gap(delta: Tensor, lag: int) -> Tensor:
+    """Mean square [B] of what an error changes by over ``lag`` frames, of videos [B, C, F, H, W].
+
+    It is 0 where the error is the same in all frames.
+
+    Source: dual-expert consistency (Lv et al. 2025), the temporal term by its code.
+    """
+    return mean_square(delta[:, :, lag:] - delta[:, :, :-lag])

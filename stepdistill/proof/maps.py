@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.diffusion.guidance import guided
-from stepdistill.diffusion.process import Process
-from stepdistill.diffusion.sampler import full, heun_step, move
+from stepdistill.diffusion.sampler import full, move
 from stepdistill.diffusion.timesteps import Grid, grid_between
 from stepdistill.losses.consistency import landing_estimate
 from stepdistill.oracles.mixture import Mixture
@@ -28,6 +25,7 @@ from stepdistill.proof.rows import (
     worst,
 )
 from stepdistill.proof.trial import Trial
+from stepdistill.trainers.solvers import Asked
 
 WALKED = 128  # steps of the walk to where a student is told that its own step ends
 
@@ -71,21 +69,19 @@ class Ideal(Denoiser):
 
 
 def walk(trial: Trial, x_t: Tensor, times: Grid, cond: Cond) -> Tensor:
-    """The teacher's walk from states at the first of the times to the last."""
-    oracle, scale = trial.oracle, trial.trainer.config.guidance
+    """The teacher's walk from states at the first of the times to the last; a random one's mean."""
+    solver = trial.point.walk
+    teacher = Asked(trial.oracle, cond, trial.trainer.config.guidance)
     for t, r in zip(times, times[1:], strict=False):
-        now, then = full(x_t, t), full(x_t, r)
-        if trial.point.solver == "heun":
-            x_t = heun_step(oracle, x_t, now, then, cond, scale)
-        else:
-            x_t = move(guided(oracle, x_t, now, cond, scale), oracle.process, then)
+        x_t = solver(teacher, x_t, full(x_t, t), full(x_t, r))
     return x_t
 
 
 def judge_map(made: Judge) -> None:
     """Images against the ends of the teacher's walks, from the same noise."""
     trial = made.trial
-    sampled = trial.point.sampled or trial.point.tilt is not None  # a tilt is learnt by samples
+    point = trial.point
+    sampled = point.sampled or point.tilt is not None or point.walk.random  # learnt by samples
     exact = trial.affine and not sampled
     tolerance = EXACT if exact else SMALL
     ideal, student = Ideal(trial), trial.trainer.best()
@@ -121,32 +117,42 @@ def start(trial: Trial, z: Tensor) -> Tensor:
 
 
 def _gain(made: Judge, law: Mixture, z: Tensor, x: Tensor, tolerance: float) -> None:
-    """Slope of the one-step map along each axis, in units of the exact map's.
+    """Slope of the one-step map along each axis, in units of the data's standard deviation.
 
-    An Euler step multiplies by rho_r / rho_t cos(phi_t - phi_r), phi the angle of (alpha s, sigma),
-    and the walk by the product: the solver's bias in closed form.
+    An Euler step multiplies by rho_r / rho_t cos(phi_t - phi_r), phi the angle of (alpha s, sigma)
+    and rho its length, and the walk by the product: the solver's bias in closed form.
     """
     trial = made.trial
     assert trial.point.follow is not None
-    if trial.point.solver != "euler":
-        return
     times = trial.point.follow(trial.trainer.top)
     axes = torch.eye(law.dim).double() if law.axes is None else law.axes[0]
     flat_z, flat_x = z.double() @ axes, x.double() @ axes
     for k, std in enumerate(law.stds[0].tolist()):
+        bias = gain(trial, times, std)
+        if bias is None:
+            return
         slope = float((flat_z[:, k] * (flat_x[:, k] - flat_x[:, k].mean())).mean())
-        bias = 1.0
-        for t, r in zip(times, times[1:], strict=False):
-            bias *= math.cos(
-                angle(trial.trainer.process, t, std) - angle(trial.trainer.process, r, std)
-            )
         made.add(f"gain, axis {k + 1}", slope / std, tolerance, expected=bias, steps=1)
 
 
-def angle(process: Process, t: float, std: float) -> float:
-    """atan2(sigma, alpha std) at a time."""
-    c = process.coefs(torch.tensor([t], dtype=torch.float64))
-    return math.atan2(float(c.sigma), float(c.alpha) * std)
+def gain(trial: Trial, times: Grid, std: float) -> float | None:
+    """What the walk along the times makes of noise, over a standard deviation of the data.
+
+    A step that keeps the share k of the noise has the mean alpha_r x + k sigma_r z, and multiplies
+    by (alpha_r alpha_t s^2 + k sigma_r sigma_t) / rho_t^2. None for solvers of other steps.
+    """
+    solver, process = trial.point.walk, trial.trainer.process
+    ends = [torch.tensor([t], dtype=torch.float64) for t in times]
+    total = process.coefs(ends[0]).sigma / std
+    for t, r in zip(ends, ends[1:], strict=False):
+        path = solver.times(t, r, process)
+        for now, then in zip(path, path[1:], strict=False):
+            kept, a, b = solver.kept(process, now, then), process.coefs(now), process.coefs(then)
+            if kept is None:
+                return None
+            up = b.alpha * a.alpha * std**2 + kept * b.sigma * a.sigma
+            total = total * up / ((a.alpha * std) ** 2 + a.sigma**2)
+    return float(total)
 
 
 def _straight(made: Judge) -> None:

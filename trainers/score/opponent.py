@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from stepdistill.data.batch import Batch
+from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser
+from stepdistill.diffusion.timesteps import Density, LogitNormal
 from stepdistill.losses.adversarial import AdversarialLoss, Hinge
 from stepdistill.losses.features import ImageFeatures, Projected, RandomConv, widths
 from stepdistill.losses.heads import Discriminator, HeadPlug, Tokens
@@ -22,6 +25,8 @@ from stepdistill.run.errors import UserError
 from stepdistill.run.player import Beta, OptimConfig
 from stepdistill.run.plug import Plugged
 from stepdistill.run.rng import Rng
+from stepdistill.trainers.base import Pass
+from stepdistill.trainers.score.reading import channels, modules, state
 from stepdistill.trainers.settings import Section
 
 
@@ -53,6 +58,22 @@ class PictureConfig(OpponentConfig):
     project: int | None = Field(
         None, ge=1, description="channels of a random projection of the features; null: none"
     )
+
+
+class TeacherConfig(OpponentConfig):
+    """A discriminator on the frozen teacher."""
+
+    features: Literal["teacher", "state"] = Field(
+        "teacher", description="what it reads; state: the noised sample and its time"
+    )
+    taps: tuple[str, ...] = Field(
+        (), description="modules whose outputs are the features; empty: several blocks"
+    )
+    t: Density = Field(
+        default_factory=lambda: LogitNormal(mean=1.0, std=1.0),
+        description="times to which samples and data are noised before they are told apart",
+    )
+    same_noise: bool = Field(False, description="noise data and samples by the same noise")
 
 
 class Opponent(ABC):
@@ -147,6 +168,56 @@ class PictureOpponent(Opponent):
             x = x + near * rng.normal("r1", batch.index, x.shape[1:])
         found: list[Tensor] = self.features(x)
         return found
+
+
+class TeacherOpponent(Opponent):
+    """A discriminator on features of the teacher at noised samples, which know time and class.
+
+    Args:
+        config: as above.
+        teacher: the teacher.
+        seed: of the heads.
+
+    Raises:
+        UserError: a module that the teacher does not have, or one without defaults.
+    """
+
+    config: TeacherConfig
+
+    def __init__(self, config: TeacherConfig, teacher: Denoiser, seed: int) -> None:
+        self.config, self.teacher = config, teacher
+        self.names = modules(config.features, config.taps, teacher.adapter.blocks, teacher)
+        rows = 0 if self.names else label_rows(teacher)
+        found = channels(teacher, self.features)
+        self.net = heads(config.head, found, seed, rows).to(teacher.device)
+
+    def features(self, x_t: Tensor, t: Tensor, cond: Cond) -> Sequence[Tensor]:
+        """Features of noised samples, or those themselves."""
+        if self.names:
+            return self.teacher.features(x_t, t, cond, self.names)
+        return state(self.teacher.process, x_t, t)
+
+    def read(
+        self, x: Tensor, batch: Batch, rng: Rng, stream: str, near: float = 0.0
+    ) -> Sequence[Tensor]:
+        """See :meth:`Opponent.read`: noise to a drawn level, the same for data and samples."""
+        process = self.teacher.process
+        t = self.config.t.sample(rng.uniform("level", batch.index), process)
+        name = "fake" if self.config.same_noise else stream
+        x_t = process.noise(x, rng.normal(f"{name}-e", batch.index, x.shape[1:]), t)
+        if near:
+            x_t = x_t + near * rng.normal("r1", batch.index, x.shape[1:])
+        return self.features(x_t, t, batch.cond)
+
+    def passes(self, updates: int) -> list[Pass]:
+        """Passes of the teacher, with so many updates of the discriminator a step."""
+        if not self.names:
+            return []
+        seen = updates * (3 if self.config.r1 else 2) + (1 if self.config.loss.compares else 0)
+        return [
+            Pass("teacher", "input", 1, 1, "features", self.names),
+            Pass("teacher", "forward", seen, 1, "features", self.names),
+        ]
 
 
 def heads(head: HeadPlug, channels: Sequence[int], seed: int, rows: int) -> Discriminator:

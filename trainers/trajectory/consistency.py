@@ -8,6 +8,7 @@ to its own (or its average's) estimate at r, which is exact at r = 0.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -17,9 +18,8 @@ from torch import Tensor
 
 from stepdistill.data.batch import Batch
 from stepdistill.diffusion.denoiser import Denoiser, Prediction
-from stepdistill.diffusion.guidance import guided
 from stepdistill.diffusion.process import expand
-from stepdistill.diffusion.sampler import NoiseSource, heun_step, move
+from stepdistill.diffusion.sampler import NoiseSource
 from stepdistill.diffusion.timesteps import Grid
 from stepdistill.losses.consistency import Weight, pair_weight
 from stepdistill.losses.regression import Metric, distance, huber_constant
@@ -31,6 +31,7 @@ from stepdistill.trainers.base import Loss, Pass, Trainer, Turn
 from stepdistill.trainers.beginning import renewed
 from stepdistill.trainers.fixed_point import FixedPoint, Proof
 from stepdistill.trainers.settings import TrainConfig
+from stepdistill.trainers.solvers import Asked, Data, Euler, Solved, Solver, Walk
 from stepdistill.trainers.trajectory.pairs import Ect, Pairs, Span
 
 
@@ -48,8 +49,9 @@ class ConsistencyConfig(TrainConfig):
     """Settings of ``consistency``."""
 
     pairs: Plugged[Pairs] = Field(default_factory=Ect, description="which times are compared")
-    solver: Literal["euler", "heun", "data"] = Field(
-        "euler", description="the teacher's step from t to r, or data: the image's own state at r"
+    solver: Solved = Field(
+        default_factory=Euler,
+        description="the teacher's steps from t to r, or data: the image's own state at r",
     )
     target: Literal["stop_gradient", "ema"] = Field(
         "stop_gradient", description="whose estimate at r is the target"
@@ -82,7 +84,7 @@ class ConsistencyTrainer(Trainer):
 
     Config = ConsistencyConfig
     config: ConsistencyConfig
-    needs = "data"
+    needs: Literal["labels", "data", "pairs"] = "data"
     clips = True
     noise: NoiseSource = "fresh"
     sizes: tuple[int, ...] = (1, 2, 4, 8)
@@ -110,7 +112,7 @@ class ConsistencyTrainer(Trainer):
             UserError: guidance without a teacher's step, or a beginning that is not to be had.
         """
         c = self.config
-        if c.solver == "data" and c.guided:
+        if isinstance(c.solver, Data) and c.guided:
             raise UserError(
                 "guidance: solver=data asks the teacher nothing that could be guided; set "
                 "guidance=1 and no guidance_range"
@@ -134,10 +136,13 @@ class ConsistencyTrainer(Trainer):
         """The end of the chain of steps by which estimates are compared, from any time to 0.
 
         With ``solver: data`` and a squared distance, the mean of an image's own states is where
-        Euler's step leads.
+        Euler's step leads. Of a solver that draws noise it is the mean as well, which has a closed
+        form where the teacher's estimates are affine.
         """
-        solver: Literal["euler", "heun"] = "heun" if self.config.solver == "heun" else "euler"
-        return FixedPoint("map", follow=self.chain, solver=solver)
+        solver = self.config.solver
+        return FixedPoint(
+            "map", follow=self.chain, solver=solver if isinstance(solver, Walk) else "euler"
+        )
 
     def chain(self, t: float) -> Grid:
         """Times from t to 0, each the partner of the one before, at the end of the run."""
@@ -155,37 +160,76 @@ class ConsistencyTrainer(Trainer):
         """Where the estimates of states at times t [B] lie that are compared: the clean image."""
         return torch.zeros_like(t)
 
+    @property
+    def active(self) -> str:
+        """The player that is trained at present."""
+        return "student"
+
+    def ends(self, t: Tensor, r: Tensor, batch: Batch, rng: Rng) -> Tensor:
+        """Where the estimates of the pairs (t, r) [B] lie: by t alone, unless a method draws it."""
+        return self.end(t)
+
+    @property
+    def solver(self) -> Solver:
+        """How the state at r comes about, at present."""
+        return self.config.solver
+
+    def noised(self, t: Tensor, batch: Batch, rng: Rng) -> Tensor:
+        """The states at times t [B] whose estimates are learnt: the data's."""
+        assert batch.x is not None
+        return self.process.noise(batch.x, self.z(batch, rng), t)
+
     def loss(self, batch: Batch, rng: Rng) -> Loss:
         """Distance between the estimates at t and at r."""
         c = self.config
-        assert batch.x is not None
-        student = self.denoiser("student")
+        student = self.denoiser(self.active)
         t, r = self.times(batch, rng)
-        end = self.end(t)
-        z = self.z(batch, rng)
-        x_t = self.process.noise(batch.x, z, t)
+        end = self.ends(t, r, batch, rng)
         with torch.no_grad():
-            if c.solver == "data":
-                x_r = self.process.noise(batch.x, z, r)
+            x_t = self.noised(t, batch, rng)
+            if isinstance(self.solver, Walk):
+                x_r = self.solve(self.solver, x_t, t, r, batch, rng)
             else:
-                x_r = self.solve(x_t, t, r, batch, rng)
+                x_r = self.noised(r, batch, rng)
             target = self.jump(self.target_net or student, x_r, r, end, batch)
         estimate = self.jump(student, x_t, t, end, batch)
         delta = estimate - target
-        c_huber = huber_constant(delta.shape, c.huber_scale)
-        loss = (pair_weight(t, r, c.weight) * distance(delta, c.metric, c_huber)).mean()
-        logs = {"loss": loss, "distance": delta.abs().mean()}
+        loss = (pair_weight(t, r, c.weight) * self.apart(delta)).mean()
+        more = self.beside(estimate, target, end, batch, rng)
+        for part in more.values():
+            loss = loss + part
+        logs = {"loss": loss, "distance": delta.abs().mean(), **more}
         return Loss(loss, logs | sample_parts(estimate))
 
-    def solve(self, x_t: Tensor, t: Tensor, r: Tensor, batch: Batch, rng: Rng) -> Tensor:
-        """The teacher's step from t to r."""
+    def apart(self, delta: Tensor) -> Tensor:
+        """The distance [B] that a difference of two estimates [B, C, *S] stands for."""
+        c = self.config
+        return distance(delta, c.metric, huber_constant(delta.shape, c.huber_scale))
+
+    def beside(
+        self, estimate: Tensor, target: Tensor, end: Tensor, batch: Batch, rng: Rng
+    ) -> dict[str, Tensor]:
+        """What the student's estimates of states at ``end`` [B] cost beside that distance."""
+        return {}
+
+    def solve(
+        self, solver: Walk, x_t: Tensor, t: Tensor, r: Tensor, batch: Batch, rng: Rng
+    ) -> Tensor:
+        """The teacher's steps from t to r."""
+        fresh = partial(self.fresh, batch, rng)
+        return solver(self.asked(batch, rng), x_t, t, r, fresh)
+
+    def fresh(self, batch: Batch, rng: Rng, step: int) -> Tensor:
+        """The noise of a solver's step by its number."""
+        return self.z(batch, rng, f"solver-{step}")
+
+    def asked(self, batch: Batch, rng: Rng) -> Asked:
+        """The teacher under the batch's conditions, guided by what is drawn for each sample."""
         scale: float | Tensor = self.config.guidance
         if self.config.guidance_range is not None:
             low, high = self.config.guidance_range
             scale = low + (high - low) * rng.uniform("guidance", batch.index)
-        if self.config.solver == "heun":
-            return heun_step(self.teacher, x_t, t, r, batch.cond, scale)
-        return move(guided(self.teacher, x_t, t, batch.cond, scale), self.process, r)
+        return Asked(self.teacher, batch.cond, scale)
 
     def jump(self, den: Denoiser, x_t: Tensor, t: Tensor, end: Tensor, batch: Batch) -> Tensor:
         """The estimate of the state at times ``end`` [B]; where that is t, the state itself."""
@@ -201,7 +245,7 @@ class ConsistencyTrainer(Trainer):
         logs = super().step(step, batch)
         if self.target_net is not None:
             weight = 1 - self.config.target_decay
-            torch._foreach_lerp_(self.target_params, self.players["student"].params, weight)
+            torch._foreach_lerp_(self.target_params, self.players[self.active].weights, weight)
         return logs
 
     def state(self) -> dict[str, dict[str, Tensor]]:
@@ -225,8 +269,8 @@ class ConsistencyTrainer(Trainer):
         return super().members() + ([("target", target)] if target is not None else [])
 
     def passes(self) -> list[Pass]:
-        """Teacher's step, target, student."""
-        calls = {"euler": 1, "heun": 2, "data": 0}[self.config.solver]
+        """Teacher's steps, target, student."""
+        calls = self.solver.passes
         step = Pass("teacher", "forward", calls, 2 if self.config.guided else 1)
         own = [Pass("student", "forward"), Pass("student", "train")]
         return [step, *own] if calls else own

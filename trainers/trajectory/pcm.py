@@ -15,6 +15,7 @@ from torch import Tensor
 
 from stepdistill.data.batch import Batch
 from stepdistill.diffusion.denoiser import Prediction
+from stepdistill.diffusion.sampler import NoiseSource
 from stepdistill.diffusion.timesteps import Grid
 from stepdistill.run.errors import UserError
 from stepdistill.run.rng import Rng
@@ -39,7 +40,7 @@ class PCMTrainer(ConsistencyTrainer):
 
     Config = PCMConfig
     config: PCMConfig
-    noise = "predicted"
+    noise: NoiseSource = "predicted"
     proofs: ClassVar = {
         "two segments": Proof(
             ("gaussian", "gmm1d"),
@@ -58,21 +59,32 @@ class PCMTrainer(ConsistencyTrainer):
         Raises:
             UserError: the student's steps begin at times that the pairs never have.
         """
-        c = self.config
-        self.sizes = (c.student_steps,)
+        self.sizes = (self.config.student_steps,)
         super().setup()
-        self.milestones = self.span.grid(c.student_steps)
-        grid = c.pairs.grid(self.span)
-        if grid is not None and (len(grid) - 1) % c.student_steps:
+        self.milestones = self.span.grid(self.config.student_steps)
+        self.fit("student_steps", self.config.student_steps)
+
+    def fit(self, key: str, segments: int) -> None:
+        """See that so many segments begin at times that the pairs have.
+
+        Raises:
+            UserError: they do not; it names the config's key that says how many there are.
+        """
+        grid = self.config.pairs.grid(self.span)
+        if grid is not None and (len(grid) - 1) % segments:
             raise UserError(
-                f"student_steps={c.student_steps}: its steps begin at times that are not among "
+                f"{key}={segments}: its steps begin at times that are not among "
                 f"the pairs' {len(grid) - 1} intervals; make these a multiple of it"
             )
 
     def end(self, t: Tensor) -> Tensor:
         """The milestone below times t [B]: the lower end of their segments."""
-        above = torch.searchsorted(-self.milestones, -t * (1 - NEAR))
-        return self.milestones[above.clamp_max(self.config.student_steps)]
+        return self.milestones[self.above(t)]
+
+    def above(self, t: Tensor) -> Tensor:
+        """Segments [B] from the noisiest down to that of times t [B]."""
+        place = torch.searchsorted(-self.milestones, -t * (1 - NEAR))
+        return place.clamp_max(len(self.milestones) - 1)
 
     def times(self, batch: Batch, rng: Rng) -> tuple[Tensor, Tensor]:
         """The pair (t, r) of every sample [B], r no lower than the end of t's segment."""

@@ -18,8 +18,7 @@ from stepdistill.diffusion.timesteps import Density, LogitNormal
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Loss, Pass, Turn
 from stepdistill.trainers.fixed_point import Proof
-from stepdistill.trainers.score.ladd import TeacherConfig, TeacherOpponent
-from stepdistill.trainers.score.opponent import DiscriminatorOptim
+from stepdistill.trainers.score.opponent import DiscriminatorOptim, TeacherConfig, TeacherOpponent
 from stepdistill.trainers.trajectory.scm import STEADY, UNIFORM, SCMConfig, SCMTrainer
 
 

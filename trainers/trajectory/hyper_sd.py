@@ -1,0 +1,160 @@
+"""Hyper-SD: consistency in fewer and fewer segments, stage after stage, in one student.
+
+The path is cut into segments, in each of which the student's jumps agree along the teacher's path.
+From stage to stage two segments become one; in the last stages a discriminator tells the jumps from
+those that they are pulled to. The student of the last stage takes as many steps as it has segments
+or, with one, any few: each predicts the clean image, which is noised to the next time.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from stepdistill.data.batch import Batch
+from stepdistill.run.errors import UserError
+from stepdistill.run.rng import Rng
+from stepdistill.trainers.base import Pass, Turn
+from stepdistill.trainers.fixed_point import Proof
+from stepdistill.trainers.score.opponent import DiscriminatorOptim, TeacherConfig
+from stepdistill.trainers.trajectory.rival import Rival
+from stepdistill.trainers.trajectory.segments import SegmentsConfig, SegmentsTrainer
+
+
+class HyperSDConfig(SegmentsConfig):
+    """Settings of ``hyper_sd``."""
+
+    first: int = Field(8, ge=1, description="segments of the first stage; halved stage by stage")
+    student_steps: int = Field(1, ge=1, description="segments of the last stage")
+    end: Literal["fixed", "random"] = Field(
+        "fixed",
+        description="where jumps lead: to their segment's lower end, or anywhere from there to r; "
+        "a network that is not told where learns a compromise of all random ends",
+    )
+    target: Literal["stop_gradient", "ema"] = Field(
+        "ema", description="whose estimate at r is the target"
+    )
+    adversary: TeacherConfig | None = Field(
+        default_factory=lambda: TeacherConfig(student=0.1),
+        description="a discriminator of jumps and their targets; null: none",
+    )
+    adversary_segments: int = Field(
+        2, ge=1, description="most segments of a stage in which the discriminator takes part"
+    )
+    discriminator: DiscriminatorOptim = Field(
+        default_factory=DiscriminatorOptim, description="the discriminator's optimizer"
+    )
+
+
+class HyperSDTrainer(SegmentsTrainer):
+    """Trajectory-segmented consistency of Hyper-SD (Ren et al. 2024), spec M7, in equal stages.
+
+    The paper's jumps have random ends (``end: random``). Its weights of distance and discriminator,
+    its range of guidance and the strength of its noise perturbation are not published: the weight
+    here is ours, the distance stays beside it, and states are not perturbed. Also here: each stage
+    begins at the averaged weights, with the whole schedule of the learning rate and new heads. Its
+    human feedback and its one-step score part are left out. The fixed point is that of fixed ends
+    without a discriminator.
+    """
+
+    Config = HyperSDConfig
+    config: HyperSDConfig
+    kept = ("steps",)  # stages are parts of them
+    stage = 0
+    proofs: ClassVar = {
+        "four to one": Proof(
+            ("gaussian",),
+            {"first": 4, "pairs": {"kind": "grid", "steps": 16}, "metric": "l2", "adversary": None},
+            effort=2.0,
+        ),
+        "eight to two": Proof(
+            ("gaussian", "gmm1d"),
+            {"first": 8, "student_steps": 2, "pairs": {"kind": "grid", "steps": 16}}
+            | {"metric": "l2", "adversary": None},
+            effort=2.0,
+        ),
+    }
+
+    def setup(self) -> None:
+        """See :meth:`SegmentsTrainer.setup`; the first stage.
+
+        Raises:
+            UserError: numbers of segments of which one is not a power of two times the other, or
+                fewer training steps than stages.
+        """
+        c = self.config
+        super().setup()
+        self.count = (c.first // c.student_steps).bit_length()
+        if self.count < 1 or c.student_steps << (self.count - 1) != c.first:
+            halves = ", ".join(str(c.student_steps << k) for k in range(4))
+            raise UserError(
+                f"first={c.first} is not student_steps={c.student_steps}, doubled or not; set "
+                f"first to one of {halves}, ..."
+            )
+        if c.steps < self.count:
+            raise UserError(
+                f"steps={c.steps} leaves one of {self.count} stages without a step; give more"
+            )
+        self.fit("first", c.first)
+        if c.student_steps == 1:  # every jump of the last stage ends at the clean image
+            self.noise = "fresh"
+            self.sizes = tuple(c.first >> k for k in reversed(range(self.count)))
+        self.length = c.steps // self.count  # the last stage has what is left
+        self._begin()
+
+    @property
+    def segments(self) -> int:
+        """Of the present stage."""
+        return self.config.first >> self.stage
+
+    def _begin(self) -> None:
+        """Cut the path for the present stage, and make its discriminator."""
+        c, last = self.config, self.stage == self.count - 1
+        steps = c.steps - self.length * self.stage if last else self.length
+        self.milestones = self.span.grid(self.segments)
+        self.players["student"].total = steps
+        self.rival: Rival | None = None
+        if c.adversary is not None and self.segments <= c.adversary_segments:
+            self.rival = Rival(self, c.adversary, c.discriminator, steps)
+
+    def prepare(self, step: int) -> None:
+        """See :meth:`Trainer.prepare`: enter the stage of ``step``."""
+        while self.stage < min(step // self.length, self.count - 1):
+            self.stage += 1
+            student = self.players["student"]
+            student.load_weights(student.best)
+            student.reset_optimizer()
+            if self.target_net is not None:
+                self.target_net.adopt(student.denoiser)
+            self._begin()
+
+    def turns(self, step: int) -> list[Turn]:
+        """The student, then the discriminator of a stage that has one."""
+        return [Turn("student", self.loss), *([self.rival.turn] if self.rival else [])]
+
+    def ends(self, t: Tensor, r: Tensor, batch: Batch, rng: Rng) -> Tensor:
+        """See :meth:`ConsistencyTrainer.ends`; a random end is even in progress."""
+        end = self.end(t)
+        if self.config.end == "fixed":
+            return end
+        low, high = self.process.unwarp(end), self.process.unwarp(r)
+        drawn = self.process.warp(low + rng.uniform("end", batch.index) * (high - low))
+        return torch.minimum(drawn, r)
+
+    def beside(
+        self, estimate: Tensor, target: Tensor, end: Tensor, batch: Batch, rng: Rng
+    ) -> dict[str, Tensor]:
+        """See :meth:`ConsistencyTrainer.beside`: jumps against what they are pulled to."""
+        if self.rival is None:
+            return {}
+        return self.rival.against(estimate, target, end, batch, rng)
+
+    def passes(self) -> list[Pass]:
+        """As ``pcm``; with a discriminator, the teacher's for features as well."""
+        return super().passes() + (self.rival.passes() if self.rival else [])
+
+
+TRAINER = HyperSDTrainer

@@ -56,6 +56,11 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
     "flow_map": {
+        "lsd": {"form": "lsd", "diagonal": 0.25},
+        "lsd, semi": {"form": "lsd", "gradient": "semi", "diagonal": 0.25},
+        "esd, semi": {"form": "esd", "gradient": "semi", "diagonal": 0.25},
+        "esd": {"form": "esd", "diagonal": 0.25},
+        "psd_m": {"form": "psd_m", "diagonal": 0.25},
         "images": {"form": "esd", "velocity": "data", "gradient": "semi", "diagonal": 0.5},
         "divided anywhere": {"form": "psd_u", "guidance": 1.5, "diagonal": 0.5},
     },
@@ -90,6 +95,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
     "mean_flow": {
+        "teacher": {"diagonal": 0.25, "power": 0.5, "power_floor": 1.0},
         "guides itself": {"velocity": "data", "guidance": 2.0, "label_drop": 0.3},
         "difference": {
             "derivative": "difference",

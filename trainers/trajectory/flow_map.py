@@ -33,7 +33,7 @@ from stepdistill.trainers.trajectory.jumps import (
     JumpTrainer,
 )
 
-SHORTEST = 1e-6  # of the ways of which a share is taken
+SHORT = 1e-3  # ways below it are as even in flow time as in the process's own
 
 
 class FlowMapConfig(JumpConfig):
@@ -166,7 +166,8 @@ class FlowMapTrainer(JumpTrainer):
             first = self.student(draw.x_t, t, draw.cond.ending(m))
             second = self.student(move(first, self.process, m), m, draw.told).drift
             below = expand(self.process.flow_time(m) - self.process.flow_time(r), second)
-            share = torch.where(draw.way > 0, below / draw.way.clamp_min(SHORTEST), 0.5)
+            long = draw.way > SHORT
+            share = torch.where(long, below / draw.way.clamp_min(SHORT), expand(place, second))
             target = two_steps(first.drift, second, share)
             at_rest = draw.straight
             if self.config.velocity == "teacher":

@@ -54,7 +54,7 @@ class TBCMTrainer(SCMTrainer):
     needs = "labels"
     proofs: ClassVar = {
         "walks": Proof(("gaussian",), {"points": 4, "optim": STEADY}),
-        "plain tangent": Proof(("gmm1d",), PLAIN | {"points": 16, "optim": STEADY}, batch=2),
+        "plain tangent": Proof(("gmm1d",), PLAIN | {"points": 8, "optim": STEADY}, batch=3),
     }
 
     def setup(self) -> None:

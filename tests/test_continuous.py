@@ -17,6 +17,7 @@ from stepdistill.losses.continuous import Angle, bounded, field, tangent
 from stepdistill.oracles.denoiser import Oracle
 from stepdistill.run.errors import UserError
 from stepdistill.run.rng import Rng
+from stepdistill.trainers.base import Loss
 from tests.helpers import (
     AffineAdapter,
     batch_of,
@@ -278,14 +279,19 @@ def test_rcm_s_pull_is_balanced_for_the_size_of_a_sample() -> None:
     assert make("rcm", mlp_teacher(), regularizer=0.0).regularizer == 0
 
 
-def test_rcm_pulls_a_narrow_student_apart() -> None:
-    """With the fake score of N(0, 0.5^2) and a teacher of N(0, 1), samples are moved outwards."""
-    wide = Oracle(RF(), "velocity", torch.zeros(1, 4), 1.0)
-    narrow = Oracle(RF(), "velocity", torch.zeros(1, 4), 0.5)
-    x_t = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
-    t = torch.full((64,), 0.6)
-    gap = wide(x_t, t, Cond()).x - narrow(x_t, t, Cond()).x
-    assert ((gap * x_t) > 0).all()
+@pytest.mark.parametrize("std", [0.5, 1.6])
+def test_rcm_pulls_a_student_of_another_spread_towards_the_teacher_s(std, monkeypatch) -> None:
+    """With an exact fake score of N(0, std^2) and a teacher of N(0, 1)."""
+    made = make("rcm", Oracle(RF(), "velocity", torch.zeros(1, 4), 1.0), batch_size=256)
+    fake = Oracle(RF(), "velocity", torch.zeros(1, 4), std)
+    x = std * torch.randn(256, 4, generator=torch.Generator().manual_seed(0))
+    leaf = x.clone().requires_grad_()
+    monkeypatch.setattr(made, "denoiser", lambda name: fake)
+    monkeypatch.setattr(made, "sampled", lambda batch, rng, graph: leaf)
+    monkeypatch.setattr(made, "loss", lambda batch, rng: Loss(torch.zeros(())))
+    made.both(batch_of(made, 0), Rng(0).at(0)).value.backward()
+    moved = -float((leaf.grad * x).sum())
+    assert moved > 0 if std < 1 else moved < 0
 
 
 def test_rcm_learns_alone_at_first_and_is_scm_then() -> None:

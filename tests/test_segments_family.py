@@ -249,9 +249,10 @@ def image_free(**keys: object) -> Trainer:
     return make("tlcm", flow(), batch_size=64, **{**base, **keys})
 
 
-def test_states_without_data_are_those_of_the_teacher_s_walk() -> None:
-    """Of a time in the s-th segment from the noisiest, after s even Euler steps."""
-    made = image_free(student_steps=4)
+@pytest.mark.parametrize(("segments", "least"), [(4, 1), (1, 4), (2, 4)])
+def test_states_without_data_are_those_of_the_teacher_s_walk(segments, least) -> None:
+    """Of a time in the s-th of four parts from the noisiest, after s even Euler steps."""
+    made = image_free(student_steps=segments, walk_steps=least, milestones=None)
     assert made.needs == "labels" and made.batch(0).x is None
     batch, rng = made.batch(0), Rng(0).at(0)
     z = made.z(batch, rng)

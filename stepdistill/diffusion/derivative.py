@@ -71,9 +71,8 @@ def along(
         return slope(den, x_t, t, cond, view, d_x=velocity, d_t=torch.ones_like(t))
     with _bare(den), torch.autocast(x_t.device.type, enabled=False):
         room = t if cond.end is None else t - cond.end
-        h = room.clamp_max(step).clamp_min(1e-6)
-        wide = expand(h, x_t)
-        before = (t - h).clamp_min(0)
+        before = (t - room.clamp_max(step)).clamp_min(den.process.t_min)
+        wide = expand((t - before).clamp_min(1e-6), x_t)
         if way == "semi":
             value, moved = slope(den, x_t, t, cond, view, d_x=velocity)
             return value, moved + (value - at(x_t, before)) / wide

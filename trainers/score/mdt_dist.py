@@ -18,7 +18,7 @@ from stepdistill.diffusion.derivative import Way, along, drift
 from stepdistill.diffusion.guidance import guided
 from stepdistill.diffusion.process import expand
 from stepdistill.diffusion.sampler import full
-from stepdistill.diffusion.timesteps import Density, Grid, LogitNormal
+from stepdistill.diffusion.timesteps import Density, Grid, LogitNormal, grid_between
 from stepdistill.losses.regression import mean_square
 from stepdistill.run.errors import UserError
 from stepdistill.run.ratios import sample_parts
@@ -93,7 +93,7 @@ class MDTDistTrainer(Trainer):
 
     def chain(self, t: float) -> Grid:
         """Times from t to 0, so many that the walk is the flow."""
-        return tuple(t * (1 - i / FOLLOWED) for i in range(FOLLOWED + 1))
+        return grid_between(t, 0.0, FOLLOWED, self.process)
 
     def turns(self, step: int) -> list[Turn]:
         """One player, one turn."""
@@ -150,14 +150,11 @@ class MDTDistTrainer(Trainer):
             way=c.derivative,
             step=c.difference_step * self.process.t_max,
         )
-        at = self.process.coefs(t).expand(x_t)
-        size = at.alpha + at.sigma
-        d_s = (at.alpha * at.d_sigma - at.sigma * at.d_alpha) / size**2
-        slope = slope / d_s
+        slope = slope / expand(self.process.flow_rate(t), slope)
         if c.d_norm:
             norm = slope.flatten(1).norm(dim=1)
             slope = slope / (expand(norm, slope) + NORM_FLOOR)
-        return own, drift(real) - at.sigma / size * slope
+        return own, drift(real) - expand(self.process.flow_time(t), slope) * slope
 
     def passes(self) -> list[Pass]:
         """A trained pass, the teacher's, and those of the derivative, for each part."""

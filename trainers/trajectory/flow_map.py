@@ -24,6 +24,7 @@ from stepdistill.run.errors import UserError
 from stepdistill.run.ratios import sample_parts
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Loss, Pass, Turn
+from stepdistill.trainers.derived import derived
 from stepdistill.trainers.fixed_point import Proof
 from stepdistill.trainers.trajectory.jumps import (
     CORNERS,
@@ -92,6 +93,11 @@ class FlowMapTrainer(JumpTrainer):
             raise UserError(
                 "guidance: velocity=data asks the teacher nothing that could be guided; set "
                 "guidance=1, or use method=mean_flow, which guides itself"
+            )
+        if c.derivative != "jvp" and (c.form, c.gradient) != ("esd", "semi"):
+            raise UserError(
+                f"derivative={c.derivative}: form={c.form} with gradient={c.gradient} takes none "
+                "along the flow but in forward mode; set derivative=jvp"
             )
         if self.through and c.compile:
             raise UserError(
@@ -189,17 +195,17 @@ class FlowMapTrainer(JumpTrainer):
         """A trained pass; the derivative's, where it is another; and whoever says the field."""
         c = self.config
         taught = c.velocity == "teacher"
+        own: list[Pass] = []
         if c.form.startswith("psd"):
-            own = 2
-        else:
-            twice = c.form == "esd" and not self.through and c.derivative != "jvp"
-            own = (0 if c.form == "lsd" and self.through else 1 + twice) + (not taught)
+            own = [Pass("student", "forward", 2)]
+        elif c.form == "esd":
+            own = derived("jvp" if self.through else c.derivative)
+        elif not self.through:
+            own = derived("jvp")
+        if not (taught or c.form.startswith("psd")):
+            own.append(Pass("student", "forward"))
         asked = [Pass("teacher", "forward", 1, 2 if c.guided else 1)] if taught else []
-        return [
-            Pass("student", "train"),
-            *([Pass("student", "forward", own)] if own else []),
-            *asked,
-        ]
+        return [Pass("student", "train"), *own, *asked]
 
 
 TRAINER = FlowMapTrainer

@@ -99,7 +99,7 @@ class HyperSDTrainer(SegmentsTrainer):
                 f"steps={c.steps} leaves one of {self.count} stages without a step; give more"
             )
         self.fit("first", c.first)
-        if c.student_steps == 1:  # every jump of the last stage ends at the clean image
+        if c.student_steps == 1:  # fixed jumps of the last stage end at the clean image
             self.noise = "fresh"
             self.sizes = tuple(c.first >> k for k in reversed(range(self.count)))
         self.length = c.steps // self.count  # the last stage has what is left

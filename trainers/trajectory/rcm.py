@@ -60,15 +60,16 @@ class RCMConfig(SCMConfig):
 class RCMTrainer(SCMTrainer):
     """rCM, spec M12, from its published code and paper.
 
-    Here: the tangent is sCM's, which differs where the derivative has not its whole weight yet,
-    and means over entries take the place of sums, in both parts.
+    Here: the tangent is sCM's, which differs where the derivative has not its whole weight yet;
+    means over entries take the place of sums, in both parts; student and fake score take turns
+    within a step; and the number of steps of the student's own samples is drawn.
     """
 
     Config = RCMConfig
     config: RCMConfig
     proofs: ClassVar = {
         "both": Proof(
-            ("gaussian",), UNIFORM | {"critic_steps": 1, "optim": STEADY, "regularizer": 1.0}
+            ("gaussian",), UNIFORM | {"critic_steps": 1, "optim": STEADY, "regularizer": 0.3}
         ),
     }
 
@@ -120,8 +121,9 @@ class RCMTrainer(SCMTrainer):
             size = (x - real).abs().flatten(1).mean(dim=1).clamp_min(LEAST)
             aim = x - (fake - real) / expand(size, x)
         pull = mean_square(made - aim).mean()
-        logs = own.logs | {"gap": (fake - real).abs().mean(), "pull": pull}
-        return Loss(own.value + self.regularizer * pull, logs | gap_parts(fake, real, x, x))
+        loss = own.value + self.regularizer * pull
+        logs = own.logs | {"loss": loss, "gap": (fake - real).abs().mean(), "pull": pull}
+        return Loss(loss, logs | gap_parts(fake, real, x, x))
 
     def critic_loss(self, batch: Batch, rng: Rng) -> Loss:
         """The fake score's velocity of the student's samples."""

@@ -14,6 +14,8 @@ from pydantic import Field
 from torch import Tensor
 
 from stepdistill.data.batch import Batch
+from stepdistill.diffusion.denoiser import Prediction
+from stepdistill.diffusion.process import expand
 from stepdistill.diffusion.timesteps import Density, LogitNormal
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Loss, Pass, Turn
@@ -55,7 +57,8 @@ class SanaSprintConfig(SCMConfig):
 class SanaSprintTrainer(SCMTrainer):
     """SANA-Sprint (Chen et al. 2025), spec M10, after its published code.
 
-    Here: student and discriminator take turns within a step; guidance is one scale, which the
+    Here: times have no weight but the learned one; student and discriminator take turns within a
+    step; data under wrong classes are drawn, not shifted; guidance is one scale, which the
     student is not told; the tangent is taken in the teacher's own process, with no conversion, and
     the network is left as it is (its authors first tune it for normed queries and keys).
     """
@@ -111,7 +114,8 @@ class SanaSprintTrainer(SCMTrainer):
         own, x = self.loss(batch, rng), self.estimate(batch, rng)
         self.made = x.detach()
         against = self.opponent.against(x, batch, rng).mean()
-        return Loss(own.value + against, own.logs | {"adversarial": against})
+        loss = own.value + against
+        return Loss(loss, own.logs | {"loss": loss, "adversarial": against})
 
     def estimate(self, batch: Batch, rng: Rng) -> Tensor:
         """The student's clean estimates of noised data, or of pure noise [B, ...]."""
@@ -119,9 +123,10 @@ class SanaSprintTrainer(SCMTrainer):
         t = self.drawn(self.config.t, rng.uniform("adversarial-t", batch.index))
         noisiest = rng.uniform("noisiest", batch.index) < self.config.from_noise
         t = torch.where(noisiest, torch.full_like(t, float(self.top)), t)
-        x_t = self.process.noise(batch.x, self.z(batch, rng, "adversarial-z"), t)
-        pred = self.denoiser("student")(x_t, t, batch.cond)
-        return self.shown(pred.x)
+        x = torch.where(expand(noisiest, batch.x), 0, batch.x)
+        x_t = self.process.noise(x, self.z(batch, rng, "adversarial-z"), t)
+        pred: Prediction = self.denoiser("student")(x_t, t, batch.cond)
+        return pred.x
 
     def discriminator_loss(self, batch: Batch, rng: Rng) -> Loss:
         """Tell the step's estimates from the data, and the data from itself mislabelled."""
@@ -138,7 +143,8 @@ class SanaSprintTrainer(SCMTrainer):
         """The batch with another class for each sample, drawn evenly from the rest."""
         count = len(self.teacher.classes)
         by = 1 + rng.integers("mislabelled", batch.index, count - 1)
-        return replace(batch, cond=batch.cond.map(lambda label: (label + by) % count))
+        assert batch.cond.label is not None
+        return replace(batch, cond=replace(batch.cond, label=(batch.cond.label + by) % count))
 
     def passes(self) -> list[Pass]:
         """The tangent's, the adversarial estimate, and the teacher's for features."""

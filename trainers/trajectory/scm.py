@@ -18,7 +18,7 @@ from stepdistill.diffusion.denoiser import Prediction
 from stepdistill.diffusion.derivative import Way, along
 from stepdistill.diffusion.guidance import guided
 from stepdistill.diffusion.sampler import NoiseSource
-from stepdistill.diffusion.timesteps import Density, Grid, LogitNormal
+from stepdistill.diffusion.timesteps import Density, Grid, LogitNormal, grid_between
 from stepdistill.losses.continuous import Angle, Normal, bounded, field, tangent
 from stepdistill.losses.regression import mean_square
 from stepdistill.run.errors import UserError
@@ -35,7 +35,7 @@ STEADY = {"lr": 3e-3, "betas": (0.0, 0.99), "decay": "cosine", "clip": None}
 UNIFORM = {"t": {"kind": "uniform"}}
 PLAIN = {"normal": "none", "adaptive": False}
 """In one dimension a normalised tangent is a sign."""
-OCTAVES = 4  # of the log noise-to-signal ratio, in the loss's own weight
+OCTAVES = 4  # of the angle's waves, in the loss's own weight
 
 
 class SCMConfig(TrainConfig):
@@ -68,7 +68,7 @@ class SCMConfig(TrainConfig):
 
 
 class TimeWeight(nn.Module):
-    """A learned log weight [B] of times: linear in octaves of ln n, and 0 at first."""
+    """A learned log weight [B] of times: linear in waves of their angle, and 0 at first."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -125,6 +125,11 @@ class SCMTrainer(Trainer):
                 f"warmup={c.warmup}: the derivative would never have its whole weight in "
                 f"steps={c.steps}; lower it"
             )
+        if c.compile and c.adaptive:
+            raise UserError(
+                "compile: a student that trains along with a weight of times is not compiled; set "
+                "adaptive=false or compile=false"
+            )
         self.weigh = TimeWeight().to(self.device) if c.adaptive else None
         self.add_player("student", self.initial, c.optim, ema=True, total=c.steps, extra=self.weigh)
         self.data = c.sigma_data or self.process.sigma_data
@@ -143,7 +148,7 @@ class SCMTrainer(Trainer):
 
     def chain(self, t: float) -> Grid:
         """Times from t to 0, so many that the walk is the flow."""
-        return tuple(t * (1 - i / FOLLOWED) for i in range(FOLLOWED + 1))
+        return grid_between(t, 0.0, FOLLOWED, self.process)
 
     def turns(self, step: int) -> list[Turn]:
         """One player, one turn."""
@@ -185,7 +190,8 @@ class SCMTrainer(Trainer):
         )
         raw = tangent(own, slope, field(x, z, k, self.data), x_t, at, self.warmth(rng.step))
         pred = student(x_t, t, batch.cond)
-        each = mean_square(self.field(pred) - own - bounded(raw, c.normal, c.norm_floor))
+        found = self.field(pred)
+        each = mean_square(found - found.detach() - bounded(raw, c.normal, c.norm_floor))
         loss, logs = each.mean(), {"tangent": raw.flatten(1).norm(dim=1).mean()}
         if self.weigh is not None:
             log_weight = self.weigh(at)

@@ -15,7 +15,7 @@ from stepdistill.run.errors import UserError
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Pass
 from stepdistill.trainers.solvers import Data
-from stepdistill.trainers.trajectory.pcm import PCMConfig, PCMTrainer
+from stepdistill.trainers.trajectory.pcm import NEAR, PCMConfig, PCMTrainer
 
 
 class SegmentsConfig(PCMConfig):
@@ -24,13 +24,19 @@ class SegmentsConfig(PCMConfig):
     states: Literal["data", "teacher"] = Field(
         "data", description="noisy states of the data, or of the teacher's walk from pure noise"
     )
+    walk_steps: int = Field(
+        8,
+        ge=1,
+        description="least steps of the teacher's whole walk; one a segment if these are more",
+    )
 
 
 class SegmentsTrainer(PCMTrainer):
     """A trainer of segments whose states may come without any data.
 
-    The teacher's walk to a time takes as many even steps as there are segments from the noisiest
-    down to the time's own, so that cleaner states come of more steps (TLCM).
+    The path is cut into even parts, one a segment or more; the teacher's walk to a time takes as
+    many even steps as there are parts from the noisiest down to the time's own, so that cleaner
+    states come of more steps (TLCM).
     """
 
     config: SegmentsConfig
@@ -62,23 +68,29 @@ class SegmentsTrainer(PCMTrainer):
         All samples are walked by as many steps as the longest; those that have arrived stay.
         """
         z, asked, process = self.z(batch, rng), self.asked(batch, rng), self.process
-        steps = self.above(t)  # segments from the noisiest down to that of t
         now = full(z, self.top)
         x = expand(process.coefs(now).sigma, z) * z
         first, last = process.unwarp(now), process.unwarp(t)
-        for k in range(1, len(self.milestones)):
+        done = (first - last) / first * self.walk  # parts above t; at a border, t is the lower's
+        steps = ((done + NEAR).floor() + 1).clamp_max(self.walk)
+        for k in range(1, self.walk + 1):
             part = (k / steps).clamp_max(1)
             then = torch.where(part < 1, process.warp(first + part * (last - first)), t)
             x = torch.where(expand(k <= steps, x), move(asked(x, now), process, then), x)
             now = then
         return x
 
+    @property
+    def walk(self) -> int:
+        """Steps of the teacher's whole walk."""
+        return max(self.config.walk_steps, len(self.milestones) - 1)
+
     def walk_passes(self) -> list[Pass]:
         """Passes of the teacher for states."""
         if self.config.states == "data":
             return []
         size = 2 if self.config.guided else 1
-        return [Pass("teacher", "forward", len(self.milestones) - 1, size)]
+        return [Pass("teacher", "forward", self.walk, size)]
 
     def passes(self) -> list[Pass]:
         """See :meth:`ConsistencyTrainer.passes`; and the teacher's for states."""

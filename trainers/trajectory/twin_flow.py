@@ -19,7 +19,6 @@ from stepdistill.data.batch import Batch
 from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.process import expand
 from stepdistill.diffusion.sampler import full
-from stepdistill.diffusion.timesteps import flow_to_process
 from stepdistill.losses.regression import mean_square
 from stepdistill.losses.twin_flow import barron_weighted, recursive_target, span_weight
 from stepdistill.run.errors import UserError
@@ -38,6 +37,7 @@ LEAST = 1e-3  # flow time at which a step begins
 class TwinFlowConfig(JumpConfig):
     """Settings of ``twin_flow``."""
 
+    t: None = Field(None, description="always null: times are even in flow time")  # type: ignore[assignment]
     diagonal: None = Field(None, description="always null: steps are of four kinds")  # type: ignore[assignment]
     derivative: None = Field(None, description="always null: none is taken")  # type: ignore[assignment]
     difference_step: None = Field(None, description="always null: none is taken")  # type: ignore[assignment]
@@ -57,16 +57,15 @@ class TwinFlowConfig(JumpConfig):
 class TwinFlowTrainer(JumpTrainer):
     """TwinFlow, spec M15, from its published code and paper.
 
-    Here: a sample's place in the batch tells its kind, so that four neighbours have all; whose
-    sign of time is theirs is a number of its own; times are even in flow time; with velocity=data
-    guidance g is by 1 - 1 / g of the student's own fields, as long as a step does not begin as
-    noise, and the reference is the network in training.
+    Here: four neighbours of a batch have all kinds, turned about from step to step; the sign of
+    time is a number of its own; times are even in flow time; the network in training is its own
+    reference; passes are in fp32, since a target divides their differences by ``short``; the
+    teacher alone is guided; and what a quarter of the batch needs is made for all of it.
     """
 
     Config = TwinFlowConfig
     config: TwinFlowConfig
     told = ("twin",)
-    group = 1
     proofs: ClassVar = {
         "teacher": Proof(
             ("gaussian",), {"optim": STEADY | {"lr": 3e-3}, "c": 0.1, "short": 0.005}, batch=4
@@ -77,9 +76,14 @@ class TwinFlowTrainer(JumpTrainer):
         """See :meth:`JumpTrainer.setup`.
 
         Raises:
-            UserError: neither images nor a teacher.
+            UserError: neither images nor a teacher, or guidance without one.
         """
         c = self.config
+        if c.velocity == "data" and c.guided:
+            raise UserError(
+                "guidance: velocity=data asks the teacher nothing that could be guided; set "
+                "guidance=1, or use method=mean_flow, which guides itself"
+            )
         if not c.images and c.velocity == "data":
             raise UserError("images=false: only a teacher knows the flow then; velocity=teacher")
         self.needs = "data" if c.images else "labels"
@@ -96,7 +100,7 @@ class TwinFlowTrainer(JumpTrainer):
 
     def times(self, batch: Batch, rng: Rng) -> tuple[Tensor, Tensor, Tensor]:
         """Each sample's kind, and the flow times s and r at which its step begins and ends [B]."""
-        kind = batch.index % PARTS
+        kind = (batch.index + rng.integer("kinds", PARTS)) % PARTS
         ends = torch.tensor([self.process.t_min, self.top])
         low, top = self.process.flow_time(ends).tolist()
         s = (top * rng.uniform("t", batch.index)).clamp_min(max(low, LEAST))
@@ -109,22 +113,28 @@ class TwinFlowTrainer(JumpTrainer):
         """The process's times of flow times [B]."""
         if self.process.name == "rf":
             return s
-        inside = flow_to_process(s.clamp(1e-6, 1 - 1e-6), self.process)
+        inside = self.process.time_at(-2 * torch.logit(s.clamp(1e-6, 1 - 1e-6)))
         return torch.where(s > 0, inside.clamp_max(self.top), torch.zeros_like(s))
 
     def loss(self, batch: Batch, rng: Rng) -> Loss:
         """The four kinds together, and the pull between the fields on the first."""
+        with torch.autocast(self.device.type, enabled=False):
+            return self.exact_loss(batch, rng)
+
+    def exact_loss(self, batch: Batch, rng: Rng) -> Loss:
+        """The loss in fp32."""
         c = self.config
         kind, s, r = self.times(batch, rng)
         t, own = self.placed(s), kind == PARTS - 1
         z = self.z(batch, rng)
         made = self.images_of_its_own(batch, rng)
         x = made if batch.x is None else torch.where(expand(own, z), made, batch.x)
-        x_t = self.process.noise(x, z, t)
+        seen = torch.where(expand(kind == 0, x), 0, x) if c.velocity == "teacher" else x
+        x_t = self.process.noise(seen, z, t)
         told = replace(batch.cond, end=self.placed(r), twin=own.to(s))
         u = self.student(x_t, t, told).drift
         with torch.no_grad():
-            v = self.field(x_t, t, z - x, kind, batch.cond)
+            v = self.taught(x_t, t, batch.cond) if c.velocity == "teacher" else z - x
             short = expand(torch.minimum(s - r, torch.full_like(s, c.short)), u).clamp_min(1e-6)
             rest = self.rest(x_t, s, r, short, v, batch.cond)
             way = torch.maximum(expand(s - r, u), short)  # a step without length is the field
@@ -136,7 +146,8 @@ class TwinFlowTrainer(JumpTrainer):
         estimate, _ = self.parts(u, x_t, t)
         if c.rectify:
             pull = self.pull(u, estimate, kind, batch, rng)
-            loss, logs = loss + c.rectify * pull, logs | {"pull": pull}
+            loss = loss + c.rectify * pull
+            logs |= {"loss": loss, "pull": pull}
         return Loss(loss, logs | sample_parts(estimate))
 
     @torch.no_grad()
@@ -147,21 +158,6 @@ class TwinFlowTrainer(JumpTrainer):
         x_t = self.process.noise(torch.zeros_like(z), z, t)
         made: Tensor = self.student(x_t, t, batch.cond.ending(torch.zeros_like(t))).x
         return made
-
-    def field(self, x_t: Tensor, t: Tensor, straight: Tensor, kind: Tensor, cond: Cond) -> Tensor:
-        """The flow's field at states [B, ...]: the teacher's, or the images' own, guided."""
-        c, null = self.config, self.teacher.null_label
-        if c.velocity == "teacher":
-            found: Tensor = self.taught(x_t, t, cond)
-            return found
-        if not c.guided or null is None or cond.label is None:
-            return straight
-        still = cond.ending(t)
-        both = still.stack(replace(still, label=torch.full_like(cond.label, null)))
-        own, free = self.student(torch.cat([x_t, x_t]), torch.cat([t, t]), both).drift.chunk(2)
-        share = torch.where(kind == 0, torch.zeros_like(t), torch.full_like(t, 1 - 1 / c.guidance))
-        guided: Tensor = straight + expand(share, own) * (own - free)
-        return guided
 
     def rest(
         self, x_t: Tensor, s: Tensor, r: Tensor, short: Tensor, v: Tensor, cond: Cond
@@ -185,8 +181,8 @@ class TwinFlowTrainer(JumpTrainer):
 
         Their drift goes down by the gap, own less real, and with it the image up.
         """
-        s = rng.uniform("own-t", batch.index).clamp(LEAST, 1 - LEAST)
-        t = self.placed(s).clamp_max(self.top)
+        top = float(self.process.flow_time(torch.tensor(self.top)))
+        t = self.placed((top * rng.uniform("own-t", batch.index)).clamp_min(LEAST))
         x_t = self.process.noise(x.detach(), self.z(batch, rng, "own-e"), t)
         with torch.no_grad():
             both = [
@@ -203,9 +199,8 @@ class TwinFlowTrainer(JumpTrainer):
         c = self.config
         calls = 1 + c.parts + (2 if c.rectify else 0)
         own = [Pass("student", "train"), Pass("student", "forward", calls)]
-        if c.velocity == "teacher":
-            return [*own, Pass("teacher", "forward", 1, 2 if c.guided else 1)]
-        return [*own, Pass("student", "forward", 1, 2)] if c.guided else own
+        asked = Pass("teacher", "forward", 1, 2 if c.guided else 1)
+        return [*own, asked] if c.velocity == "teacher" else own
 
 
 TRAINER = TwinFlowTrainer

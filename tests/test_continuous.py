@@ -146,6 +146,8 @@ def test_scm_warms_up_and_goes_on_where_it_was_after_a_resume() -> None:
         ("scm", {"velocity": "data", "guidance": 2.0}, "velocity=data asks the teacher nothing"),
         ("scm", {"warmup": 6, "steps": 6}, "warmup=6: the derivative would never"),
         ("tbcm", {"calm_from": 6, "steps": 6, "points": 2}, "calm_from=6: the derivative has"),
+        ("scm", {"compile": True}, "set adaptive=false or compile=false"),
+        ("flow_map", {"derivative": "difference"}, "derivative=difference: form=lsd with"),
         ("tbcm", {"points": 3}, "make it a multiple of 3"),
         ("rcm", {"alone": 6, "steps": 6}, "alone=6 leaves the fake score none"),
     ],

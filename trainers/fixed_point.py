@@ -6,10 +6,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from stepdistill.diffusion.timesteps import Grid
+from stepdistill.diffusion.process import Process
+from stepdistill.diffusion.timesteps import Grid, grid_between
 from stepdistill.oracles.mixture import Mixture
 from stepdistill.run.plug import made
 from stepdistill.trainers.solvers import Walk
+
+STEADY = {"lr": 1e-2, "betas": (0.0, 0.99), "decay": "cosine", "clip": None}
+"""A proof's optimizer: with momentum, a target that is a derivative of what is trained swings."""
+FOLLOWED = 128  # steps of a walk that stands for the flow itself
+
+
+def followed(t: float, process: Process) -> Grid:
+    """Times from t to 0, so many that Heun's walk by them is the flow, without a solver's bias."""
+    return grid_between(t, 0.0, FOLLOWED, process)
 
 
 @dataclass(frozen=True)

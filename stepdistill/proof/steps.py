@@ -32,9 +32,7 @@ class Steps(nn.Module):
         first, second = splines(t, self.cells[0]), splines(share, self.cells[1])
         row = torch.zeros(len(x), dtype=torch.long, device=x.device) if label is None else label
         flat = torch.einsum("bi,bj,bijm->bm", first, second, self.maps[row])
-        maps = flat.unflatten(1, (x.shape[1], -1))
-        moved: Tensor = torch.einsum("bij,bj->bi", maps[..., :-1], x) + maps[..., -1]
-        return moved
+        return affine(flat, x)
 
 
 def splines(v: Tensor, cells: int) -> Tensor:
@@ -53,3 +51,10 @@ def splines(v: Tensor, cells: int) -> Tensor:
         left = torch.where(widths > 0, found, 0) - parts
         found = parts[:, :-1] + left[:, 1:]
     return found
+
+
+def affine(flat: Tensor, x: Tensor) -> Tensor:
+    """A x + b of maps flattened to [B, D (D + 1)]."""
+    maps = flat.unflatten(1, (x.shape[1], -1))
+    moved: Tensor = torch.einsum("bij,bj->bi", maps[..., :-1], x) + maps[..., -1]
+    return moved

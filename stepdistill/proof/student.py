@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.oracles.denoiser import Oracle, OracleAdapter
-from stepdistill.proof.steps import Steps
+from stepdistill.proof.steps import Steps, affine, splines
 from stepdistill.run.rng import seeded
 
 Kind = Literal["table", "smooth", "spline", "network"]
@@ -90,21 +90,8 @@ class Spline(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
         """See the class; t [B] in [0, 1]."""
-        place = (t * self.cells).clamp(0, self.cells)
-        low = place.long().clamp_max(self.cells - 1)
-        u = place - low
-        shares = torch.stack(
-            [
-                (1 - u) ** 3,
-                3 * u**3 - 6 * u**2 + 4,
-                -3 * u**3 + 3 * u**2 + 3 * u + 1,
-                u**3,
-            ],
-            dim=1,
-        )
-        row = torch.zeros_like(low) if label is None else label
-        near = low[:, None] + torch.arange(4, device=t.device)
-        return affine(torch.einsum("bk,bkm->bm", shares / 6, self.maps[row[:, None], near]), x)
+        row = torch.zeros(len(x), dtype=torch.long, device=x.device) if label is None else label
+        return affine(torch.einsum("bk,bkm->bm", splines(t, self.cells), self.maps[row]), x)
 
 
 class Network(nn.Module):
@@ -141,13 +128,6 @@ class Network(nn.Module):
             h = nn.functional.silu(layer(h))
         out: Tensor = self.leave(h)
         return out if way is None else out * way[:, None]
-
-
-def affine(flat: Tensor, x: Tensor) -> Tensor:
-    """A x + b of maps flattened to [B, D (D + 1)]."""
-    maps = flat.unflatten(1, (x.shape[1], -1))
-    moved: Tensor = torch.einsum("bij,bj->bi", maps[..., :-1], x) + maps[..., -1]
-    return moved
 
 
 class Corrected(nn.Module):

@@ -18,19 +18,16 @@ from stepdistill.diffusion.derivative import Way, along, drift
 from stepdistill.diffusion.guidance import guided
 from stepdistill.diffusion.process import expand
 from stepdistill.diffusion.sampler import full
-from stepdistill.diffusion.timesteps import Density, Grid, LogitNormal, grid_between
+from stepdistill.diffusion.timesteps import Density, Grid, LogitNormal
 from stepdistill.losses.regression import mean_square
 from stepdistill.run.errors import UserError
 from stepdistill.run.ratios import sample_parts
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Loss, Pass, Trainer, Turn
 from stepdistill.trainers.derived import derived
-from stepdistill.trainers.fixed_point import FixedPoint, Proof
+from stepdistill.trainers.fixed_point import STEADY, FixedPoint, Proof, followed
 from stepdistill.trainers.settings import TrainConfig
 
-FOLLOWED = 128  # Heun steps of the walk that stands for the exact flow in proofs
-STEADY = {"lr": 1e-2, "betas": (0.0, 0.999), "decay": "cosine", "clip": None}
-"""A proof's optimizer: with momentum, a target that is a derivative of what is trained swings."""
 NORM_FLOOR = 0.1  # added to the norm that ``d_norm`` divides by
 
 
@@ -93,7 +90,7 @@ class MDTDistTrainer(Trainer):
 
     def chain(self, t: float) -> Grid:
         """Times from t to 0, so many that the walk is the flow."""
-        return grid_between(t, 0.0, FOLLOWED, self.process)
+        return followed(t, self.process)
 
     def turns(self, step: int) -> list[Turn]:
         """One player, one turn."""

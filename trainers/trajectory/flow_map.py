@@ -25,10 +25,9 @@ from stepdistill.run.ratios import sample_parts
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Loss, Pass, Turn
 from stepdistill.trainers.derived import derived
-from stepdistill.trainers.fixed_point import Proof
+from stepdistill.trainers.fixed_point import STEADY, Proof
 from stepdistill.trainers.trajectory.jumps import (
     CORNERS,
-    STEADY,
     Draw,
     JumpConfig,
     JumpTrainer,

@@ -16,17 +16,14 @@ from stepdistill.diffusion.derivative import Way, along, drift
 from stepdistill.diffusion.guidance import guided
 from stepdistill.diffusion.process import expand
 from stepdistill.diffusion.sampler import NoiseSource
-from stepdistill.diffusion.timesteps import Density, Grid, Uniform, grid_between
+from stepdistill.diffusion.timesteps import Density, Grid, Uniform
 from stepdistill.run.errors import UserError
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Trainer
 from stepdistill.trainers.beginning import renewed
-from stepdistill.trainers.fixed_point import FixedPoint
+from stepdistill.trainers.fixed_point import FixedPoint, followed
 from stepdistill.trainers.settings import TrainConfig
 
-FOLLOWED = 128  # Heun steps of the walk that stands for the exact flow in proofs
-STEADY = {"lr": 1e-2, "betas": (0.0, 0.99), "decay": "cosine", "clip": None}
-"""A proof's optimizer: with momentum, a target that is a derivative of what is trained swings."""
 CORNERS = {"kind": "u_shaped", "a": 4.0}
 """A proof's density of times: the longest steps, which are judged, are drawn as often as others."""
 
@@ -144,7 +141,7 @@ class JumpTrainer(Trainer):
 
     def chain(self, t: float) -> Grid:
         """Times from t to 0, so many that the walk is the flow."""
-        return grid_between(t, 0.0, FOLLOWED, self.process)
+        return followed(t, self.process)
 
     def draw_steps(self, batch: Batch, rng: Rng) -> Draw:
         """Two times a sample, the noisier one the image's own, and the same twice for a share."""

@@ -102,11 +102,11 @@ class Rival:
         self.seen = made.detach(), real, further
         return {"adversarial": further.against(made, replace(batch, x=real), rng).mean()}
 
-    def loss(self, batch: Batch, rng: Rng) -> Loss:
-        """Tell the student's states of this step from the others."""
+    def loss(self, batch: Batch, rng: Rng, wrong: Batch | None = None) -> Loss:
+        """Tell the student's states of this step from the others; see :meth:`Opponent.loss`."""
         assert self.seen is not None
         made, real, further = self.seen
-        parts = further.loss(made, replace(batch, x=real), rng)
+        parts = further.loss(made, replace(batch, x=real), rng, wrong)
         return Loss(parts["loss"], parts)
 
     def passes(self) -> list[Pass]:

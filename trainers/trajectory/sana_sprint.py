@@ -20,8 +20,9 @@ from stepdistill.diffusion.timesteps import Density, LogitNormal
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Loss, Pass, Turn
 from stepdistill.trainers.fixed_point import Proof
-from stepdistill.trainers.score.opponent import DiscriminatorOptim, TeacherConfig, TeacherOpponent
-from stepdistill.trainers.trajectory.scm import STEADY, UNIFORM, SCMConfig, SCMTrainer
+from stepdistill.trainers.score.opponent import DiscriminatorOptim, TeacherConfig
+from stepdistill.trainers.trajectory.rival import PLAYER, Rival
+from stepdistill.trainers.trajectory.scm import CALM, UNIFORM, SCMConfig, SCMTrainer
 
 
 class SprintOpponent(TeacherConfig):
@@ -65,13 +66,12 @@ class SanaSprintTrainer(SCMTrainer):
 
     Config = SanaSprintConfig
     config: SanaSprintConfig
-    made: Tensor
     proofs: ClassVar = {
         "both": Proof(
             ("gaussian",),
             UNIFORM
             | {
-                "optim": STEADY,
+                "optim": CALM,
                 "adversary": {
                     "features": "state",
                     "head": "quadratic",
@@ -89,16 +89,7 @@ class SanaSprintTrainer(SCMTrainer):
         """The student, and heads on the frozen teacher."""
         super().setup()
         c = self.config
-        self.opponent = TeacherOpponent(c.adversary, self.teacher, c.seed)
-        self.add_player(
-            "discriminator",
-            self.teacher,
-            c.discriminator,
-            ema=False,
-            total=c.steps,
-            extra=self.opponent.net,
-            frozen=True,
-        )
+        self.rival = Rival(self, c.adversary, c.discriminator, c.steps)
 
     @property
     def by_samples(self) -> bool:
@@ -107,15 +98,16 @@ class SanaSprintTrainer(SCMTrainer):
 
     def turns(self, step: int) -> list[Turn]:
         """The student, then the discriminator."""
-        return [Turn("student", self.both), Turn("discriminator", self.discriminator_loss)]
+        return [Turn("student", self.both), Turn(PLAYER, self.discriminator_loss)]
 
     def both(self, batch: Batch, rng: Rng) -> Loss:
         """The tangent's loss, and the discriminator's on other estimates."""
         own, x = self.loss(batch, rng), self.estimate(batch, rng)
-        self.made = x.detach()
-        against = self.opponent.against(x, batch, rng).mean()
-        loss = own.value + against
-        return Loss(loss, own.logs | {"loss": loss, "adversarial": against})
+        assert batch.x is not None
+        clean = torch.zeros(len(x), device=x.device)
+        part = self.rival.against(x, batch.x, clean, batch, rng)
+        loss = own.value + part["adversarial"]
+        return Loss(loss, own.logs | {"loss": loss} | part)
 
     def estimate(self, batch: Batch, rng: Rng) -> Tensor:
         """The student's clean estimates of noised data, or of pure noise [B, ...]."""
@@ -131,8 +123,7 @@ class SanaSprintTrainer(SCMTrainer):
     def discriminator_loss(self, batch: Batch, rng: Rng) -> Loss:
         """Tell the step's estimates from the data, and the data from itself mislabelled."""
         other = self.mislabelled(batch, rng) if self.mismatches else None
-        parts = self.opponent.loss(self.made, batch, rng, other)
-        return Loss(parts["loss"], parts)
+        return self.rival.loss(batch, rng, other)
 
     @property
     def mismatches(self) -> bool:
@@ -148,9 +139,10 @@ class SanaSprintTrainer(SCMTrainer):
 
     def passes(self) -> list[Pass]:
         """The tangent's, the adversarial estimate, and the teacher's for features."""
-        own = [*super().passes(), Pass("student", "train"), *self.opponent.passes(1)]
-        if self.mismatches and self.opponent.names:
-            own.append(Pass("teacher", "forward", 1, 1, "features", self.opponent.names))
+        own = [*super().passes(), Pass("student", "train"), *self.rival.passes()]
+        taps = self.rival.opponent.names
+        if self.mismatches and taps:
+            own.append(Pass("teacher", "forward", 1, 1, "features", taps))
         return own
 
 

@@ -18,7 +18,7 @@ from stepdistill.diffusion.denoiser import Prediction
 from stepdistill.diffusion.derivative import Way, along
 from stepdistill.diffusion.guidance import guided
 from stepdistill.diffusion.sampler import NoiseSource
-from stepdistill.diffusion.timesteps import Density, Grid, LogitNormal, grid_between
+from stepdistill.diffusion.timesteps import Density, Grid, LogitNormal
 from stepdistill.losses.continuous import Angle, Normal, bounded, field, tangent
 from stepdistill.losses.regression import mean_square
 from stepdistill.run.errors import UserError
@@ -26,12 +26,10 @@ from stepdistill.run.ratios import sample_parts
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Loss, Pass, Trainer, Turn
 from stepdistill.trainers.derived import derived
-from stepdistill.trainers.fixed_point import FixedPoint, Proof
+from stepdistill.trainers.fixed_point import STEADY, FixedPoint, Proof, followed
 from stepdistill.trainers.settings import TrainConfig
 
-FOLLOWED = 64  # steps of the teacher's walk that stands for its flow
-STEADY = {"lr": 3e-3, "betas": (0.0, 0.99), "decay": "cosine", "clip": None}
-"""A proof's optimizer: with momentum, a target that is a derivative of what is trained swings."""
+CALM = STEADY | {"lr": 3e-3}
 UNIFORM = {"t": {"kind": "uniform"}}
 PLAIN = {"normal": "none", "adaptive": False}
 """In one dimension a normalised tangent is a sign."""
@@ -98,11 +96,11 @@ class SCMTrainer(Trainer):
     sizes: tuple[int, ...] = (1, 2, 4, 8)
     weigh: TimeWeight | None = None
     proofs: ClassVar = {
-        "distillation": Proof(("gaussian", "classes"), UNIFORM | {"optim": STEADY}),
-        "plain tangent": Proof(("gmm1d",), UNIFORM | PLAIN | {"optim": STEADY}),
+        "distillation": Proof(("gaussian", "classes"), UNIFORM | {"optim": CALM}),
+        "plain tangent": Proof(("gmm1d",), UNIFORM | PLAIN | {"optim": CALM}),
         "training": Proof(
             ("gaussian",),
-            UNIFORM | PLAIN | {"cosine": False, "velocity": "data", "optim": STEADY},
+            UNIFORM | PLAIN | {"cosine": False, "velocity": "data", "optim": CALM},
             effort=1.5,
             batch=4,
         ),
@@ -148,7 +146,7 @@ class SCMTrainer(Trainer):
 
     def chain(self, t: float) -> Grid:
         """Times from t to 0, so many that the walk is the flow."""
-        return grid_between(t, 0.0, FOLLOWED, self.process)
+        return followed(t, self.process)
 
     def turns(self, step: int) -> list[Turn]:
         """One player, one turn."""

@@ -22,7 +22,7 @@ from stepdistill.run.errors import UserError
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Pass
 from stepdistill.trainers.fixed_point import Proof
-from stepdistill.trainers.trajectory.scm import PLAIN, STEADY, SCMConfig, SCMTrainer
+from stepdistill.trainers.trajectory.scm import CALM, PLAIN, SCMConfig, SCMTrainer
 
 
 class TBCMConfig(SCMConfig):
@@ -53,8 +53,8 @@ class TBCMTrainer(SCMTrainer):
     config: TBCMConfig
     needs = "labels"
     proofs: ClassVar = {
-        "walks": Proof(("gaussian",), {"points": 4, "optim": STEADY}),
-        "plain tangent": Proof(("gmm1d",), PLAIN | {"points": 8, "optim": STEADY}, batch=3),
+        "walks": Proof(("gaussian",), {"points": 4, "optim": CALM}),
+        "plain tangent": Proof(("gmm1d",), PLAIN | {"points": 8, "optim": CALM}, batch=3),
     }
 
     def setup(self) -> None:

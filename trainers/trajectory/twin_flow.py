@@ -25,8 +25,8 @@ from stepdistill.run.errors import UserError
 from stepdistill.run.ratios import sample_parts
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Loss, Pass, Turn
-from stepdistill.trainers.fixed_point import FixedPoint, Proof
-from stepdistill.trainers.trajectory.jumps import STEADY, JumpConfig, JumpTrainer
+from stepdistill.trainers.fixed_point import STEADY, FixedPoint, Proof
+from stepdistill.trainers.trajectory.jumps import JumpConfig, JumpTrainer
 
 PARTS = 4  # of a batch: whole, short, any, own
 NEAR = 0.95  # of a short step's time, where it ends at the least

@@ -84,6 +84,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "ladd": {"teacher": {"student_steps": 2, "discriminator_steps": 2, "adversary": {"r1": 1.0}}},
     "crd": {"tilted by a reward": {"group_size": 2, "student_steps": 2, "guidance": 1.5}},
+    "lcm": {"adapters": {"embedding": False, "target": "stop_gradient"}},
     "mdt_dist": {
         "both": {"guidance": 1.5},
         "difference": {

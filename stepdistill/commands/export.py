@@ -75,6 +75,7 @@ def export(
         classes=trainer.teacher.classes or None,
         null_label=trainer.teacher.null_label,
         default_steps=scheduler.config.default_steps,
+        default_guidance=members(trainer.best())[0].scale,
         card=student_card(trainer, scheduler, run, out, figures, command),
         dtype=None,
         overwrite=overwrite,

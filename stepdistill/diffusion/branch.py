@@ -19,13 +19,15 @@ class Branch(nn.Module):
 
     Several may share one ``net``: each has its own adapter put on before it calls, and the bare
     network's none. ``lora`` is the name of the adapter; None means the network itself. ``fixed``
-    names the network's parameters that are never trained.
+    names the network's parameters that are never trained. ``scale`` is the guidance that a network
+    which is told it hears where nothing else is said.
     """
 
     net: nn.Module
     adapter: Adapter
     lora: str | None = None
     fixed: frozenset[str] = frozenset()
+    scale: float = 1.0
     _call: Callable[..., Any] | None = None
 
     def called(self) -> Callable[..., Any]:
@@ -55,8 +57,16 @@ class Branch(nn.Module):
         Raises:
             ValueError: it is not known how its network embeds its time.
         """
+        return self.extended("end", *more)
+
+    def extended(self, *numbers: str) -> Self:
+        """A clone whose network is also told numbers, by name; for now it does not heed them.
+
+        Raises:
+            ValueError: it is not known how its network embeds its time.
+        """
         other = self.clone()
-        other.adapter.extend(other.net, ("end", *more))
+        other.adapter.extend(other.net, numbers)
         return other
 
     def fix(self, names: Iterable[str]) -> None:

@@ -19,11 +19,14 @@ class Cond:
             are told; None: the state's own, a step of no length.
         twin: 1 for samples whose state is one of the student's own images noised [B], for networks
             that are told; None: 0 for all.
+        guidance: the guidance scale that a sample is to look like [B], at least 1, for networks
+            that are told; None: the network's own usual one.
     """
 
     label: Tensor | None = None
     end: Tensor | None = None
     twin: Tensor | None = None
+    guidance: Tensor | None = None
 
     def ending(self, end: Tensor) -> Cond:
         """The same conditions for steps that end at times [B]."""

@@ -177,12 +177,18 @@ class Denoiser(Branch):
         return "end" in self.adapter.numbers(self.net)
 
     def told(self, t: Tensor, cond: Cond) -> AbstractContextManager[None]:
-        """Calls in this context are told where the step ends, where the network takes that."""
-        if not self.ends:
+        """Calls in this context are told the further numbers that the network takes."""
+        taken = self.adapter.numbers(self.net)
+        if not taken:
             return nullcontext()
-        numbers = {"end": self.way(t, cond.end)}
-        if cond.twin is not None:
+        numbers = {}
+        if "end" in taken:
+            numbers["end"] = self.way(t, cond.end)
+        if "twin" in taken and cond.twin is not None:
             numbers["twin"] = cond.twin
+        if "guidance" in taken:
+            own = torch.full_like(t, self.scale)
+            numbers["guidance"] = 1 - 1 / (own if cond.guidance is None else cond.guidance)
         return self.adapter.telling(self.net, numbers)
 
     def way(self, t: Tensor, end: Tensor | None) -> Tensor:

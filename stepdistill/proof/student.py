@@ -144,10 +144,11 @@ class Corrected(nn.Module):
         self.held, self.fix, self.span = (base,), fix, span  # the tuple keeps it out of the tree
         self.values: Mapping[str, Tensor] | None = None
         self.twin: nn.Module | None = None  # the correction of samples that are the student's own
+        self.rise: nn.Module | None = None  # what is added to it for each unit of guidance
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Corrected:
         other = Corrected(self.held[0], copy.deepcopy(self.fix, memo), self.span)
-        other.twin = copy.deepcopy(self.twin, memo)
+        other.twin, other.rise = copy.deepcopy((self.twin, self.rise), memo)
         return other
 
     @property
@@ -157,11 +158,14 @@ class Corrected(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         """Raw output [B, D] at states [B, D] and process times [B]."""
-        told = () if self.values is None else (self.values["end"],)
+        told = () if self.values is None or "end" not in self.values else (self.values["end"],)
         fix: Tensor = self.fix(x_t, t / self.span, label, *told)
         if self.twin is not None and self.values is not None and "twin" in self.values:
             own = self.twin(x_t, t / self.span, label)
             fix = torch.where(self.values["twin"][:, None] > 0, own, fix)
+        if self.rise is not None and self.values is not None:
+            units = 1 / (1 - self.values["guidance"]) - 1
+            fix = fix + units[:, None] * self.rise(x_t, t / self.span, label)
         return fix if self.held[0] is None else self.held[0](x_t, t, label) + fix
 
 
@@ -176,20 +180,24 @@ class StudentAdapter(OracleAdapter):
         """See :meth:`Adapter.extend`: its correction becomes one that is told; it is still 0."""
         fix: Any = net.fix
         with seeded(0):
-            net.fix = (
-                Network(fix.dim, fix.labels, width=WIDE, ends=True)
-                if isinstance(fix, Network)
-                else Steps(fix.dim, len(fix.maps))
-            )
+            if "end" in numbers:
+                net.fix = (
+                    Network(fix.dim, fix.labels, width=WIDE, ends=True)
+                    if isinstance(fix, Network)
+                    else Steps(fix.dim, len(fix.maps))
+                )
             if "twin" in numbers:
                 twin = Network(fix.dim, fix.labels) if isinstance(fix, Network) else None
                 net.twin = twin or Smooth(fix.dim, len(fix.maps))
+            if "guidance" in numbers:
+                net.rise = copy.deepcopy(fix)
 
     def numbers(self, net: nn.Module) -> tuple[str, ...]:
         """See :meth:`Adapter.numbers`."""
         fix = net.fix
-        told = isinstance(fix, Steps) or (isinstance(fix, Network) and fix.ends)
-        return ("end",) if told else ()
+        ends = isinstance(fix, Steps) or (isinstance(fix, Network) and fix.ends)
+        held = {"end": ends, "twin": net.twin is not None, "guidance": net.rise is not None}
+        return tuple(name for name, told in held.items() if told)
 
     @contextmanager
     def telling(self, net: Any, values: Mapping[str, Tensor]) -> Iterator[None]:

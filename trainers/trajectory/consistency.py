@@ -121,8 +121,8 @@ class ConsistencyTrainer(Trainer):
             raise UserError(
                 "lora: adapters change a trained network; set scratch=false or lora=null"
             )
-        first = renewed(self.initial, c.seed) if c.scratch else self.initial
-        self.add_player("student", first, c.optim, ema=True, total=c.steps, copy=not c.scratch)
+        first, copy = self.beginning()
+        self.add_player("student", first, c.optim, ema=True, total=c.steps, copy=copy)
         self.target_net: Denoiser | None = None
         if c.target == "ema":
             self.target_net = self.denoiser("student").twin("target")
@@ -130,6 +130,12 @@ class ConsistencyTrainer(Trainer):
             for param in self.target_params:
                 param.requires_grad_(False)
         self.span = Span(self.process, self.start, c.steps, self.drawn, self.device)
+
+    def beginning(self) -> tuple[Denoiser, bool]:
+        """What the student begins as, and whether it is to be copied first."""
+        if self.config.scratch:
+            return renewed(self.initial, self.config.seed), False
+        return self.initial, True
 
     @property
     def fixed_point(self) -> FixedPoint:
@@ -225,11 +231,15 @@ class ConsistencyTrainer(Trainer):
 
     def asked(self, batch: Batch, rng: Rng) -> Asked:
         """The teacher under the batch's conditions, guided by what is drawn for each sample."""
-        scale: float | Tensor = self.config.guidance
-        if self.config.guidance_range is not None:
-            low, high = self.config.guidance_range
-            scale = low + (high - low) * rng.uniform("guidance", batch.index)
-        return Asked(self.teacher, batch.cond, scale)
+        return Asked(self.teacher, batch.cond, self.scale(batch, rng))
+
+    def scale(self, batch: Batch, rng: Rng) -> float | Tensor:
+        """The guidance by which the teacher is asked: one for all, or drawn a sample [B]."""
+        if self.config.guidance_range is None:
+            return self.config.guidance
+        low, high = self.config.guidance_range
+        drawn: Tensor = low + (high - low) * rng.uniform("guidance", batch.index)
+        return drawn
 
     def jump(self, den: Denoiser, x_t: Tensor, t: Tensor, end: Tensor, batch: Batch) -> Tensor:
         """The estimate of the state at times ``end`` [B]; where that is t, the state itself."""

@@ -1,0 +1,118 @@
+"""LCM: guided consistency over steps of the teacher's own grid, told by how much it is guided.
+
+The teacher's step is guided by a scale drawn a sample, which the student is told; so that one
+student draws images as of any guidance in the range, without a second pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from stepdistill.data.batch import Batch
+from stepdistill.diffusion.denoiser import Denoiser
+from stepdistill.losses.consistency import Weight
+from stepdistill.run.errors import UserError
+from stepdistill.run.plug import Plugged
+from stepdistill.run.rng import Rng
+from stepdistill.trainers.base import Loss
+from stepdistill.trainers.fixed_point import Proof
+from stepdistill.trainers.trajectory.consistency import (
+    ConsistencyConfig,
+    ConsistencyTrainer,
+    ScaleRange,
+)
+from stepdistill.trainers.trajectory.pairs import Grid, Pairs
+
+
+class LCMConfig(ConsistencyConfig):
+    """Settings of ``lcm``."""
+
+    pairs: Plugged[Pairs] = Field(
+        default_factory=lambda: Grid(steps=50), description="which times are compared"
+    )
+    target: Literal["stop_gradient", "ema"] = Field(
+        "ema", description="whose estimate at r is the target"
+    )
+    weight: Weight = Field("one", description="one, or 1 / (t - r)")
+    guidance: float = Field(2.0, ge=0, description="by which the student samples, of the range")
+    guidance_range: ScaleRange | None = Field(
+        (1.0, 3.0), description="guidance drawn uniformly a sample, instead of the constant one"
+    )
+    embedding: bool = Field(
+        True,
+        description="tell the student the guidance; false: it learns the mean over the range, as "
+        "adapters do",
+    )
+
+
+class LCMTrainer(ConsistencyTrainer):
+    """Latent consistency models (Luo et al. 2023), spec M3: guided, by skips, and LCM-LoRA.
+
+    Here: estimates are the clean images themselves; of their c_skip 0.0025 and less is left at the
+    first of a thousand times already. The scale w is told as 1 - 1 / w by waves of our own.
+    """
+
+    Config = LCMConfig
+    config: LCMConfig
+    proofs: ClassVar = {
+        "told": Proof(
+            ("classes",),
+            {"pairs": {"kind": "grid", "steps": 8}, "metric": "l2", "guidance_range": (1.0, 4.0)}
+            | {"target": "stop_gradient"},
+            effort=2.0,
+        ),
+    }
+
+    def setup(self) -> None:
+        """See :meth:`ConsistencyTrainer.setup`.
+
+        Raises:
+            UserError: guidance to be told that is not drawn, or below 1, or adapters to be told.
+        """
+        c = self.config
+        if c.embedding:
+            if c.guidance_range is None:
+                raise UserError(
+                    "embedding: without guidance_range there is one scale only; give a range, or "
+                    "set embedding=false"
+                )
+            low, high = c.guidance_range
+            if low < 1 or not low <= c.guidance <= high:
+                raise UserError(
+                    f"guidance={c.guidance:g}: the student is told scales of guidance_range={low:g}"
+                    f",{high:g}, which must begin at 1 or more and hold it"
+                )
+            if c.lora is not None:
+                raise UserError(
+                    "lora: adapters share the teacher's network, which is told no guidance; set "
+                    "embedding=false or lora=null"
+                )
+        super().setup()
+
+    def beginning(self) -> tuple[Denoiser, bool]:
+        """See :meth:`ConsistencyTrainer.beginning`; a network that is told the guidance."""
+        first, copy = super().beginning()
+        if not self.config.embedding:
+            return first, copy
+        try:
+            told = first.extended("guidance")
+        except ValueError as error:
+            raise UserError(f"teacher: {error}; add `embedders` to its adapter") from error
+        told.scale = self.config.guidance
+        return told, False
+
+    def loss(self, batch: Batch, rng: Rng) -> Loss:
+        """See :meth:`ConsistencyTrainer.loss`; the student is told each sample's guidance."""
+        if self.config.embedding:
+            scale = self.scale(batch, rng)
+            assert isinstance(scale, Tensor)
+            batch = replace(batch, cond=replace(batch.cond, guidance=scale.to(torch.float32)))
+        return super().loss(batch, rng)
+
+
+TRAINER = LCMTrainer

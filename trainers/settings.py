@@ -160,6 +160,11 @@ class TrainConfig(Section):
         return self.guidance != 1
 
     @property
+    def guides_law(self) -> bool:
+        """Whether the student, as it samples, has the guided teacher's law."""
+        return self.guided
+
+    @property
     def pair_store(self) -> PairsConfig | None:
         """The pairs of noise and image that the run trains on, if it does."""
         return None

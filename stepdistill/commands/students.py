@@ -153,7 +153,7 @@ def students(
             raise UserError(f"--recorded: {bench.file} holds no student of these in {steps} steps")
     rows = bench.rows(entries)
     teacher = teacher_rows(reference, num)
-    guided = {e.method for e in entries if read_config(e.config, e.keys)[1].guided}
+    guided = {e.method for e in entries if read_config(e.config, e.keys)[1].guides_law}
     table = section(rows, teacher, steps=steps, seconds=seconds, num=num, guided=guided)
     print(table)
     if markdown is not None:

@@ -49,6 +49,11 @@ class LCMConfig(ConsistencyConfig):
         "adapters do",
     )
 
+    @property
+    def guides_law(self) -> bool:
+        """See :attr:`TrainConfig.guides_law`: by what the student is told."""
+        return self.guidance != 1 if self.embedding else self.guided
+
 
 class LCMTrainer(ConsistencyTrainer):
     """Latent consistency models (Luo et al. 2023), spec M3: guided, by skips, and LCM-LoRA.

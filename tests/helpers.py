@@ -84,7 +84,14 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "ladd": {"teacher": {"student_steps": 2, "discriminator_steps": 2, "adversary": {"r1": 1.0}}},
     "crd": {"tilted by a reward": {"group_size": 2, "student_steps": 2, "guidance": 1.5}},
-    "lcm": {"adapters": {"embedding": False, "target": "stop_gradient"}},
+    "lcm": {
+        "adapters": {
+            "embedding": False,
+            "target": "stop_gradient",
+            "pairs": {"kind": "grid", "steps": 4},
+            "metric": "l2",
+        },
+    },
     "mdt_dist": {
         "both": {"guidance": 1.5},
         "difference": {
@@ -99,7 +106,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "teacher": {"diagonal": 0.25, "power": 0.5, "power_floor": 1.0},
         "guides itself": {"velocity": "data", "guidance": 2.0, "label_drop": 0.3},
         "difference": {
-            "derivative": "difference",
+            "derivative": "central",
             "difference_step": 0.1,
             "guidance": 1.5,
             "diagonal": 0.5,
@@ -116,9 +123,19 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "no_rollout": {"critic_rollout": False, "critic_steps": 2, "phase_steps": 3},
     },
     "reflow": {"huber": {}},
-    "rcm": {"guided": {"guidance": 1.5, "critic_steps": 2, "own_steps": 2}},
+    "rcm": {
+        "guided": {"guidance": 1.5, "critic_steps": 2, "own_steps": 2, "regularizer": 0.5},
+    },
     "sana_sprint": {"teacher": {"guidance": 1.5}},
-    "scm": {"difference": {"guidance": 1.5, "derivative": "difference", "normal": "clamp"}},
+    "scm": {
+        "difference": {"guidance": 1.5, "derivative": "difference", "normal": "clamp"},
+        "semi": {
+            "derivative": "semi",
+            "difference_step": 0.2,
+            "normal": "none",
+            "adaptive": False,
+        },
+    },
     "scott": {
         "adversarial": {
             "adversary": {"student": 0.4, "r1": 1.0},
@@ -131,6 +148,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "walks": {"points": 2},
         "plain tangent": {"points": 2, "adaptive": False, "guidance": 1.5},
     },
+    "twin_flow": {"teacher": {"guidance": 1.5, "c": 1.0, "short": 0.1}},
     "sim": {"score": {}, "full": {"form": "full", "guidance": 1.5, "critic_steps": 2}},
 }
 """Settings of the contract tests beside those of a trainer's proofs: method -> variant -> config

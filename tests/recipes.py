@@ -38,6 +38,8 @@ def command(method: str, run: str, *more: str) -> list[str]:
     known = trainer(method).Config.model_fields
     staged = list(STAGES) if "record_every" in known else []
     staged += ["critic_first=0"] if "critic_first" in known else []
+    staged += ["warmup=1"] if "warmup" in known else []
+    staged += ["alone=2"] if "alone" in known else []
     head = getattr(read_config(recipe(method))[1], "adversary", None)
     staged += ["adversary.from_step=2"] if getattr(head, "from_step", 0) else []
     verb = "train" if distils(method) else "teacher"

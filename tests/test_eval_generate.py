@@ -20,20 +20,23 @@ from diffusers import (
 from stepdistill.eval.generate import _generator, class_count, generate, load_pipeline
 from stepdistill.pipelines.image import ImagePipeline
 from stepdistill.run.errors import UserError
+from stepdistill.run.rng import seeded
 
 
 def unet(**kwargs) -> UNet2DModel:
-    return UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        **kwargs,
-    ).eval()
+    with seeded(0):
+        net = UNet2DModel(
+            sample_size=8,
+            in_channels=1,
+            out_channels=1,
+            layers_per_block=1,
+            block_out_channels=(8, 16),
+            norm_num_groups=4,
+            down_block_types=("DownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "UpBlock2D"),
+            **kwargs,
+        )
+    return net.eval()
 
 
 @pytest.fixture(scope="module")

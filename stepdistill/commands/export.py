@@ -262,7 +262,7 @@ def literal_rows(den: Denoiser | Experts, grid: Grid) -> list[dict[str, float | 
             }
         )
         if expert.ends:
-            rows[-1]["end"] = float(expert.way(t, torch.tensor([end])))
+            rows[-1]["end"] = float(expert.length(t, torch.tensor([end])))
     return rows
 
 

@@ -183,7 +183,7 @@ class Denoiser(Branch):
             return nullcontext()
         numbers = {}
         if "end" in taken:
-            numbers["end"] = self.way(t, cond.end)
+            numbers["end"] = self.length(t, cond.end)
         if "twin" in taken and cond.twin is not None:
             numbers["twin"] = cond.twin
         if "guidance" in taken:
@@ -191,7 +191,7 @@ class Denoiser(Branch):
             numbers["guidance"] = 1 - 1 / (own if cond.guidance is None else cond.guidance)
         return self.adapter.telling(self.net, numbers)
 
-    def way(self, t: Tensor, end: Tensor | None) -> Tensor:
+    def length(self, t: Tensor, end: Tensor | None) -> Tensor:
         """The number [B] that says where steps end: their length in rectified flow's time."""
         if end is None:
             return torch.zeros_like(t)

@@ -59,8 +59,8 @@ class TwinFlowTrainer(JumpTrainer):
 
     Here: four neighbours of a batch have all kinds, turned about from step to step; the sign of
     time is a number of its own; times are even in flow time; the network in training is its own
-    reference; passes are in fp32, since a target divides their differences by ``short``; the
-    teacher alone is guided; and what a quarter of the batch needs is made for all of it.
+    reference; passes whose differences a target divides by ``short`` are in fp32; the teacher
+    alone is guided; and what a quarter of the batch needs is made for all of it.
     """
 
     Config = TwinFlowConfig
@@ -122,7 +122,7 @@ class TwinFlowTrainer(JumpTrainer):
             return self.exact_loss(batch, rng)
 
     def exact_loss(self, batch: Batch, rng: Rng) -> Loss:
-        """The loss in fp32."""
+        """The loss, in fp32 but for own images and the fields at them."""
         c = self.config
         kind, s, r = self.times(batch, rng)
         t, own = self.placed(s), kind == PARTS - 1
@@ -156,7 +156,8 @@ class TwinFlowTrainer(JumpTrainer):
         z = self.z(batch, rng, "own-z")
         t = full(z, self.top)
         x_t = self.process.noise(torch.zeros_like(z), z, t)
-        made: Tensor = self.student(x_t, t, batch.cond.ending(torch.zeros_like(t))).x
+        with self.autocast():
+            made: Tensor = self.student(x_t, t, batch.cond.ending(torch.zeros_like(t))).x
         return made
 
     def rest(
@@ -184,7 +185,7 @@ class TwinFlowTrainer(JumpTrainer):
         top = float(self.process.flow_time(torch.tensor(self.top)))
         t = self.placed((top * rng.uniform("own-t", batch.index)).clamp_min(LEAST))
         x_t = self.process.noise(x.detach(), self.z(batch, rng, "own-e"), t)
-        with torch.no_grad():
+        with torch.no_grad(), self.autocast():
             both = [
                 self.student(x_t, t, replace(batch.cond, end=t, twin=torch.full_like(t, one))).drift
                 for one in (1.0, 0.0)

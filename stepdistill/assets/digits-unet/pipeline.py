@@ -52,16 +52,19 @@ class ImagePipeline(DiffusionPipeline):
         default_guidance: guidance scale when none is asked for; 1 is none.
         routes: the network of each class where they are shared by classes: label, as text -> 0
             for ``model``, 1 for ``model_2``, ...; the grid's own choice is left aside.
+        extra: adds embeddings of the further numbers that the scheduler's grid tells ``model``,
+            such as where a step ends.
 
     Raises:
         ValueError: class names that are not unique.
     """
 
     model_cpu_offload_seq = "->".join(MODEL_NAMES)
-    _optional_components = list(MODEL_NAMES[1:])
+    _optional_components = [*MODEL_NAMES[1:], "extra"]
     config: Any
     model: Any
     scheduler: Any
+    extra: Any
 
     def __init__(
         self,
@@ -75,11 +78,13 @@ class ImagePipeline(DiffusionPipeline):
         null_label: int | None = None,
         default_guidance: float = 1.0,
         routes: Mapping[str, int] | None = None,
+        extra: Any = None,
     ) -> None:
         super().__init__()
         self.register_modules(
             model=model, scheduler=scheduler, model_2=model_2, model_3=model_3, model_4=model_4
         )
+        self.register_modules(extra=extra)
         names = classes
         if isinstance(classes, Mapping):
             names = [name for _, name in sorted((label, name) for name, label in classes.items())]
@@ -113,7 +118,8 @@ class ImagePipeline(DiffusionPipeline):
                 0, 1, ..., K-1, 0, ...; nothing is drawn at random.
             num_images: number of images, when ``class_labels`` is no sequence.
             num_inference_steps: network calls for each image; None takes the default.
-            guidance_scale: w in h = h(null) + w (h(label) - h(null)); None takes the default.
+            guidance_scale: w in h = h(null) + w (h(label) - h(null)), which a network that is told
+                guidance takes as a number, in a single pass; None takes the default.
             generator: one for the batch, or a list with one for each image, which makes every
                 image independent of its batch; None draws from torch's global generator.
             latents: standard normal noise [B, C, H, W] to start from instead of drawing it.
@@ -131,7 +137,7 @@ class ImagePipeline(DiffusionPipeline):
         count = num_images if labels is None else len(labels)
         scale = self.config.default_guidance if guidance_scale is None else guidance_scale
         target = None if labels is None else torch.tensor(labels, device=device)
-        null = self._null(target, scale)
+        null = None if self._tells(scale) else self._null(target, scale)
         self._set_steps(num_inference_steps, device)
         x_t = self._start(count, generator, latents, device)
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
@@ -159,7 +165,7 @@ class ImagePipeline(DiffusionPipeline):
         taken for a component when the folder is downloaded from the Hub.
         """
         index = json.loads(super().to_json_string())
-        for name in (*MODEL_NAMES, "scheduler"):
+        for name in (*MODEL_NAMES, "scheduler", "extra"):
             library, class_name = index.pop(name)
             if library is not None:
                 index[name] = [library.rpartition(".")[2], class_name]
@@ -217,6 +223,14 @@ class ImagePipeline(DiffusionPipeline):
         if not known:
             raise ValueError(f"class label {label} is out of range: labels are 0 to {classes - 1}")
         return label
+
+    def _tells(self, scale: float) -> bool:
+        """Whether the network is told the guidance."""
+        if self.extra is None or "guidance" not in self.extra.config.numbers:
+            return False
+        if scale < 1:
+            raise ValueError(f"guidance_scale is {scale:g}; this network is told scales from 1 on")
+        return True
 
     def _null(self, target: torch.Tensor | None, scale: float) -> torch.Tensor | None:
         """Labels [B] of the unguided half of the batch, or None without guidance."""
@@ -309,7 +323,8 @@ class ImagePipeline(DiffusionPipeline):
             fed, target = torch.cat([fed, fed]), torch.cat([null, target])
         condition = {} if target is None else {"class_labels": target}
         times = t.expand(len(fed))
-        h: torch.Tensor = model(fed.to(model.dtype), times, return_dict=False, **condition)[0]
+        with self._told(model, len(fed), scale):
+            h: torch.Tensor = model(fed.to(model.dtype), times, return_dict=False, **condition)[0]
         channels = x_t.shape[1]
         if h.shape[1] not in (channels, 2 * channels):
             raise ValueError(f"the network maps {channels} channels to {h.shape[1]}")
@@ -318,6 +333,27 @@ class ImagePipeline(DiffusionPipeline):
             return h
         plain, labelled = h.chunk(2)
         return plain + scale * (labelled - plain)
+
+    @contextmanager
+    def _told(self, model: Any, count: int, scale: float) -> Iterator[None]:
+        """Calls of the network in this context are told the coming step's further numbers."""
+        if self.extra is None:
+            yield
+            return
+        numbers = dict(getattr(self.scheduler, "told", {}))
+        if self._tells(scale):
+            numbers["guidance"] = 1 - 1 / scale
+        told = {
+            name: torch.full((count,), value, device=model.device)
+            for name, value in numbers.items()
+        }
+        handles = self.extra.attach(model)
+        try:
+            with self.extra.telling(told):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _finish(self, x: torch.Tensor, output_type: str) -> Any:
         """Images in [0, 1] of the wanted type from clean samples in [-1, 1]."""

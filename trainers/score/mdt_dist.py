@@ -68,7 +68,9 @@ class MDTDistTrainer(Trainer):
     needs = "data"
     sizes = (1, 2)
     proofs: ClassVar = {
-        "both": Proof(("gaussian",), {"t": {"kind": "uniform"}, "optim": STEADY}),
+        "both": Proof(
+            ("gaussian",), {"t": {"kind": "uniform"}, "optim": STEADY | {"betas": (0.0, 0.999)}}
+        ),
     }
 
     def setup(self) -> None:

@@ -229,7 +229,7 @@ def test_any_number_of_steps_leads_to_the_same_images_and_keeps_the_law(process)
 @every_teacher
 def test_a_student_that_is_told_begins_as_its_teacher_to_the_bit(teacher) -> None:
     den = teacher()
-    student, x = den.ended(), states(den)
+    student, x = den.extended("end"), states(den)
     assert student.ends and not den.ends
     with torch.no_grad():
         for told in (LABELS, LABELS.ending(R)):
@@ -244,7 +244,7 @@ def test_a_student_that_is_told_begins_as_its_teacher_to_the_bit(teacher) -> Non
 @every_teacher
 def test_copies_are_told_by_themselves_and_the_plain_network_is_its_class_s(teacher) -> None:
     den = teacher()
-    student, x, told = stirred(den.ended()), states(den), LABELS.ending(R)
+    student, x, told = stirred(den.extended("end")), states(den), LABELS.ending(R)
     twin = student.twin("average")
     with torch.no_grad():
         first = student(x, T, told).h
@@ -259,7 +259,7 @@ def test_copies_are_told_by_themselves_and_the_plain_network_is_its_class_s(teac
     assert type(plain) is type(den.net)
     den.net.load_state_dict(plain.state_dict(), strict=True)
     assert not any(module._forward_hooks for module in plain.modules())
-    again = den.ended()
+    again = den.extended("end")
     again.load(student.weights())
     with torch.no_grad():
         assert torch.equal(again(x, T, told).h, first)
@@ -268,7 +268,7 @@ def test_copies_are_told_by_themselves_and_the_plain_network_is_its_class_s(teac
 @every_teacher
 def test_derivatives_agree_with_differences(teacher) -> None:
     """Along the flow, in the end alone, and with a graph to every weight."""
-    student = stirred(teacher().ended())
+    student = stirred(teacher().extended("end"))
     x, told = states(student) * 0.5, LABELS.ending(R.clamp_min(0.05) * 0.9)
     speed, t = noise(2, tuple(x.shape)) * 0.1, T * 0.9
 
@@ -293,7 +293,7 @@ def test_derivatives_agree_with_differences(teacher) -> None:
 
 @pytest.mark.parametrize("teacher", [dit_teacher, unet_teacher])
 def test_recomputed_blocks_are_told_what_they_were(teacher) -> None:
-    student = stirred(teacher().ended())
+    student = stirred(teacher().extended("end"))
     x, params = states(student), student.own()
 
     def grads() -> list[Tensor | None]:
@@ -310,7 +310,7 @@ def test_recomputed_blocks_are_told_what_they_were(teacher) -> None:
 
 @every_teacher
 def test_a_compiled_network_is_told_too(teacher) -> None:
-    student = stirred(teacher().ended())
+    student = stirred(teacher().extended("end"))
     x, wrapper = states(student), torch.compile(student.net, backend="eager")
     for end in (R, R / 2):
         with torch.no_grad():
@@ -323,7 +323,7 @@ def test_a_compiled_network_is_told_too(teacher) -> None:
 def test_a_network_whose_time_embedding_is_not_known_is_refused() -> None:
     oracle = Oracle(RF(), "velocity", torch.zeros(1, 2), 1.0)
     with pytest.raises(ValueError, match="not known where MixtureNet embeds its time"):
-        oracle.ended()
+        oracle.extended("end")
     with pytest.raises(UserError, match="teacher: .*MixtureNet"):
         make("flow_map", oracle)
 
@@ -339,7 +339,7 @@ def test_the_file_that_travels_stands_alone() -> None:
 @pytest.mark.parametrize("teacher", [dit_teacher, unet_teacher])
 @pytest.mark.parametrize("dtype", [None, torch.float16])
 def test_a_written_folder_tells_its_network_where_steps_end(teacher, dtype, tmp_path) -> None:
-    student = stirred(teacher().ended())
+    student = stirred(teacher().extended("end"))
     if dtype is not None:
         for param in student.net.parameters():
             param.data = param.data.to(dtype).float()

@@ -17,6 +17,18 @@ def role_of(name: str) -> str:
     return re.sub(r"_\d+$", "", name)
 
 
+def told(source: Denoiser, *numbers: str) -> Denoiser:
+    """A copy of a network that is also told numbers, by name; for now it does not heed them.
+
+    Raises:
+        UserError: it is not known how its network embeds its time.
+    """
+    try:
+        return source.extended(*numbers)
+    except ValueError as error:
+        raise UserError(f"teacher: {error}; add `embedders` to its adapter") from error
+
+
 def begin(config: TrainConfig, name: str, source: Denoiser, *, copy: bool) -> Denoiser:
     """The denoiser of a new player, which is ``source`` to the bit.
 

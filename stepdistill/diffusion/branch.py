@@ -49,16 +49,6 @@ class Branch(nn.Module):
         other.fix(self.fixed)
         return other
 
-    def ended(self, *more: str) -> Self:
-        """A clone whose network is also told where a step ends; for now it does not heed it.
-
-        ``more`` are names of further numbers that it is told.
-
-        Raises:
-            ValueError: it is not known how its network embeds its time.
-        """
-        return self.extended("end", *more)
-
     def extended(self, *numbers: str) -> Self:
         """A clone whose network is also told numbers, by name; for now it does not heed them.
 

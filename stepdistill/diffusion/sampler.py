@@ -36,6 +36,11 @@ def full(like: Tensor, level: float) -> Tensor:
     return torch.full((len(like),), level, device=like.device, dtype=torch.float32)
 
 
+def first_state(process: Process, z: Tensor, level: float) -> Tensor:
+    """The state sigma z of pure noise z [B, ...] at the time ``level``: where sampling begins."""
+    return expand(process.coefs(full(z, level)).sigma, z) * z
+
+
 def move(pred: Prediction, process: Process, level: Tensor, noise: Tensor | None = None) -> Tensor:
     """The state alpha' x + sigma' n at times ``level`` [B]; n is the predicted noise if not given.
 
@@ -75,7 +80,7 @@ def sample(
     if noise == "fresh" and fresh is None and len(grid) > 2:
         raise ValueError("sample: noise='fresh' needs fresh=, the source of each step's noise")
     process = den.process
-    x_t = expand(process.coefs(full(z, grid[0])).sigma, z) * z
+    x_t = first_state(process, z, grid[0])
     for i in range(len(grid) - 1 if stop is None else stop):
         owner = den.at(grid[i])
         told = cond.ending(full(z, grid[i + 1])) if owner.ends else cond

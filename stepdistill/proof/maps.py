@@ -8,7 +8,7 @@ from torch import Tensor
 from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.diffusion.guidance import guided
-from stepdistill.diffusion.sampler import full, move
+from stepdistill.diffusion.sampler import first_state, full, move
 from stepdistill.diffusion.timesteps import Grid, grid_between
 from stepdistill.losses.consistency import landing_estimate
 from stepdistill.oracles.mixture import Mixture
@@ -90,7 +90,8 @@ def judge_map(made: Judge) -> None:
         for label, cond in conds(trial):
             z, x = drawn(trial, student, steps, cond)
             if trial.point.straight:  # one step of the ideal, from this very noise
-                x_ideal = ideal(start(trial, z), full(z, trial.trainer.top), cond).x
+                top = trial.trainer.top
+                x_ideal = ideal(first_state(ideal.process, z, top), full(z, top), cond).x
             else:
                 _, x_ideal = drawn(trial, ideal, steps, cond)
             gaps.append((x - x_ideal).double())
@@ -108,12 +109,6 @@ def judge_map(made: Judge) -> None:
             made.add("guided mean", worst([float(end) for end in ends]), tolerance, steps=steps)
     if trial.point.straight:
         _straight(made)
-
-
-def start(trial: Trial, z: Tensor) -> Tensor:
-    """The state that sampling begins with."""
-    at = trial.trainer.process.coefs(full(z, trial.trainer.top)).expand(z)
-    return at.sigma * z
 
 
 def _gain(made: Judge, law: Mixture, z: Tensor, x: Tensor, tolerance: float) -> None:
@@ -164,7 +159,7 @@ def _straight(made: Judge) -> None:
         for _, cond in conds(trial):
             z = measure.even_normals(POINTS, trial.teacher.mixture.dim).float()
             times = tuple(trial.trainer.top * (1 - i / 32) for i in range(33))
-            path = [start(trial, z)]
+            path = [first_state(trial.trainer.process, z, trial.trainer.top)]
             for t, r in zip(times, times[1:], strict=False):
                 pred = guided(den.at(t), path[-1], full(z, t), cond, scale)
                 path.append(move(pred, trial.trainer.process, full(z, r)))

@@ -17,8 +17,7 @@ from torch import Tensor
 from stepdistill.data.batch import Batch
 from stepdistill.diffusion.denoiser import Denoiser, Prediction
 from stepdistill.diffusion.guidance import guided
-from stepdistill.diffusion.process import expand
-from stepdistill.diffusion.sampler import full, heun_step, move
+from stepdistill.diffusion.sampler import first_state, full, heun_step, move
 from stepdistill.diffusion.timesteps import Density, Uniform
 from stepdistill.losses.regression import mean_square
 from stepdistill.losses.reward import Brightness, Reward, rewards
@@ -167,7 +166,7 @@ class CRDTrainer(Trainer):
         """Clean samples of the older self [B, ...]."""
         (grid,) = self.grids().values()
         z = self.z(batch, rng)
-        x_t = expand(self.process.coefs(full(z, grid[0])).sigma, z) * z
+        x_t = first_state(self.process, z, grid[0])
         for here, there in zip(grid, grid[1:], strict=False):
             t, r = full(z, here), full(z, there)
             if self.config.solver == "heun":

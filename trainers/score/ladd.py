@@ -13,7 +13,7 @@ from pydantic import Field
 
 from stepdistill.trainers.base import Pass
 from stepdistill.trainers.fixed_point import Proof
-from stepdistill.trainers.score.opponent import TeacherConfig, TeacherOpponent
+from stepdistill.trainers.score.opponent import ON_STATES, TeacherConfig, TeacherOpponent
 from stepdistill.trainers.score.opposing import LevelsConfig, LevelsTrainer
 from stepdistill.trainers.settings import PairsConfig
 
@@ -48,14 +48,7 @@ class LADDTrainer(LevelsTrainer):
         "state": Proof(
             ("gaussian",),
             {
-                "adversary": {
-                    "features": "state",
-                    "head": "quadratic",
-                    "t": {"kind": "uniform", "low": 0.1, "high": 0.1},
-                    "same_noise": True,
-                    "r1": 4.0,
-                    "r1_noise": 0.5,
-                },
+                "adversary": ON_STATES,
             },
             effort=0.8,
             batch=4,

@@ -17,7 +17,7 @@ from stepdistill.data.batch import Batch
 from stepdistill.diffusion.derivative import Way, along, drift
 from stepdistill.diffusion.guidance import guided
 from stepdistill.diffusion.process import expand
-from stepdistill.diffusion.sampler import full
+from stepdistill.diffusion.sampler import first_state, full
 from stepdistill.diffusion.timesteps import Density, Grid, LogitNormal
 from stepdistill.losses.regression import mean_square
 from stepdistill.run.errors import UserError
@@ -126,7 +126,7 @@ class MDTDistTrainer(Trainer):
         """
         z = self.z(batch, rng, "own-z")
         top = full(z, self.top)
-        x_top = self.process.noise(torch.zeros_like(z), z, top)
+        x_top = first_state(self.process, z, self.top)
         made = self.denoiser("student")(x_top, top, batch.cond)
         t = self.drawn(self.config.t, rng.uniform("own-t", batch.index))
         x_t = self.process.noise(made.x.detach(), self.z(batch, rng, "e"), t)

@@ -76,6 +76,17 @@ class TeacherConfig(OpponentConfig):
     same_noise: bool = Field(False, description="noise data and samples by the same noise")
 
 
+ON_STATES = {
+    "features": "state",
+    "head": "quadratic",
+    "t": {"kind": "uniform", "low": 0.1, "high": 0.1},
+    "same_noise": True,
+    "r1": 4.0,
+    "r1_noise": 0.5,
+}
+"""A proof's :class:`TeacherConfig`: what tells Gaussians apart, at states noised a little."""
+
+
 class Opponent(ABC):
     """A discriminator: what it reads, and what it costs both sides."""
 

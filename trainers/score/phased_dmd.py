@@ -27,8 +27,7 @@ from torch import Tensor
 from stepdistill.adapters.recompute import can_recompute
 from stepdistill.data.batch import Batch
 from stepdistill.diffusion.denoiser import Denoiser, Experts
-from stepdistill.diffusion.process import expand
-from stepdistill.diffusion.sampler import full, move
+from stepdistill.diffusion.sampler import first_state, full, move
 from stepdistill.diffusion.split import Split
 from stepdistill.diffusion.timesteps import Density, Grid, grid_between, share_below
 from stepdistill.run.assets import load_teacher
@@ -259,7 +258,7 @@ class PhasedDMDTrainer(Matching):
         """The phases before without a graph, then this one up to an exit, drawn unless exact."""
         c = self.config
         z = self.z(batch, rng)
-        x = expand(self.process.coefs(full(z, c.levels[0])).sigma, z) * z
+        x = first_state(self.process, z, c.levels[0])
         times = self.sub_grids[self.phase]
         last = c.phase_steps - 1
         exit_at = last if exact else rng.integer("exit", c.phase_steps)

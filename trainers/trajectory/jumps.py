@@ -20,7 +20,7 @@ from stepdistill.diffusion.timesteps import Density, Grid, Uniform
 from stepdistill.run.errors import UserError
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Trainer
-from stepdistill.trainers.beginning import renewed
+from stepdistill.trainers.beginning import renewed, told
 from stepdistill.trainers.fixed_point import FixedPoint, followed
 from stepdistill.trainers.settings import TrainConfig
 
@@ -116,12 +116,9 @@ class JumpTrainer(Trainer):
         if c.scratch and c.velocity == "teacher":
             raise UserError("scratch: a teacher's flow begins as the teacher; set scratch=false")
         first = renewed(self.initial, c.seed) if c.scratch else self.initial
-        try:
-            told = first.ended(*self.told)
-        except ValueError as error:
-            raise UserError(f"teacher: {error}; add `embedders` to its adapter") from error
+        own = told(first, "end", *self.told)
         self.add_player(
-            "student", told, c.optim, ema=True, total=c.steps, copy=False, bare=self.through
+            "student", own, c.optim, ema=True, total=c.steps, copy=False, bare=self.through
         )
 
     @property

@@ -20,6 +20,7 @@ from stepdistill.run.errors import UserError
 from stepdistill.run.plug import Plugged
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Loss
+from stepdistill.trainers.beginning import told
 from stepdistill.trainers.fixed_point import Proof
 from stepdistill.trainers.trajectory.consistency import (
     ConsistencyConfig,
@@ -104,12 +105,9 @@ class LCMTrainer(ConsistencyTrainer):
         first, copy = super().beginning()
         if not self.config.embedding:
             return first, copy
-        try:
-            told = first.extended("guidance")
-        except ValueError as error:
-            raise UserError(f"teacher: {error}; add `embedders` to its adapter") from error
-        told.scale = self.config.guidance
-        return told, False
+        own = told(first, "guidance")
+        own.scale = self.config.guidance
+        return own, False
 
     def loss(self, batch: Batch, rng: Rng) -> Loss:
         """See :meth:`ConsistencyTrainer.loss`; the student is told each sample's guidance."""

@@ -17,7 +17,7 @@ from stepdistill.data.batch import Batch
 from stepdistill.diffusion.denoiser import Prediction
 from stepdistill.diffusion.guidance import guided
 from stepdistill.diffusion.process import expand
-from stepdistill.diffusion.sampler import full
+from stepdistill.diffusion.sampler import first_state, full
 from stepdistill.diffusion.timesteps import Density, LogitNormal
 from stepdistill.losses.continuous import field
 from stepdistill.losses.regression import mean_square
@@ -141,8 +141,7 @@ class RCMTrainer(SCMTrainer):
         student = self.denoiser("student")
         steps = 1 + rng.integer("own-steps", self.config.own_steps)
         z = self.z(batch, rng, "own-z")
-        t = full(z, float(self.top))
-        x_t = expand(self.process.coefs(t).sigma, z) * z
+        t, x_t = full(z, self.top), first_state(self.process, z, self.top)
         for place in range(1, steps):
             with torch.no_grad():
                 x = student(x_t, t, batch.cond).x

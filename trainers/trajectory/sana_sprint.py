@@ -20,7 +20,7 @@ from stepdistill.diffusion.timesteps import Density, LogitNormal
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Loss, Pass, Turn
 from stepdistill.trainers.fixed_point import Proof
-from stepdistill.trainers.score.opponent import DiscriminatorOptim, TeacherConfig
+from stepdistill.trainers.score.opponent import ON_STATES, DiscriminatorOptim, TeacherConfig
 from stepdistill.trainers.trajectory.rival import PLAYER, Rival
 from stepdistill.trainers.trajectory.scm import CALM, UNIFORM, SCMConfig, SCMTrainer
 
@@ -72,14 +72,7 @@ class SanaSprintTrainer(SCMTrainer):
             UNIFORM
             | {
                 "optim": CALM,
-                "adversary": {
-                    "features": "state",
-                    "head": "quadratic",
-                    "t": {"kind": "uniform", "low": 0.1, "high": 0.1},
-                    "same_noise": True,
-                    "r1": 4.0,
-                    "r1_noise": 0.5,
-                },
+                "adversary": ON_STATES,
             },
             batch=4,
         ),
@@ -114,7 +107,7 @@ class SanaSprintTrainer(SCMTrainer):
         assert batch.x is not None
         t = self.drawn(self.config.t, rng.uniform("adversarial-t", batch.index))
         noisiest = rng.uniform("noisiest", batch.index) < self.config.from_noise
-        t = torch.where(noisiest, torch.full_like(t, float(self.top)), t)
+        t = torch.where(noisiest, torch.full_like(t, self.top), t)
         x = torch.where(expand(noisiest, batch.x), 0, batch.x)
         x_t = self.process.noise(x, self.z(batch, rng, "adversarial-z"), t)
         pred: Prediction = self.denoiser("student")(x_t, t, batch.cond)

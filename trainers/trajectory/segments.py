@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stepdistill.data.batch import Batch
 from stepdistill.diffusion.process import expand
-from stepdistill.diffusion.sampler import full, move
+from stepdistill.diffusion.sampler import first_state, full, move
 from stepdistill.run.errors import UserError
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Pass
@@ -69,7 +69,7 @@ class SegmentsTrainer(PCMTrainer):
         """
         z, asked, process = self.z(batch, rng), self.asked(batch, rng), self.process
         now = full(z, self.top)
-        x = expand(process.coefs(now).sigma, z) * z
+        x = first_state(process, z, self.top)
         first, last = process.unwarp(now), process.unwarp(t)
         done = (first - last) / first * self.walk  # parts above t; at a border, t is the lower's
         steps = ((done + NEAR).floor() + 1).clamp_max(self.walk)

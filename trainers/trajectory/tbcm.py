@@ -15,8 +15,7 @@ from torch import Tensor
 
 from stepdistill.data.batch import Batch
 from stepdistill.diffusion.guidance import guided
-from stepdistill.diffusion.process import expand
-from stepdistill.diffusion.sampler import full, move
+from stepdistill.diffusion.sampler import first_state, full, move
 from stepdistill.diffusion.timesteps import uniform_grid
 from stepdistill.run.errors import UserError
 from stepdistill.run.rng import Rng
@@ -91,8 +90,7 @@ class TBCMTrainer(SCMTrainer):
         times = self.between(rng.uniform("t", index)).unflatten(0, (-1, points))
         cond = batch.cond.rows(walks)
         z = rng.normal("z", index[walks], self.teacher.sample_shape)
-        t = full(z, float(self.top))
-        x_t = expand(self.process.coefs(t).sigma, z) * z
+        t, x_t = full(z, self.top), first_state(self.process, z, self.top)
         found = []
         for place in range(points + 1):
             pred = guided(self.teacher, x_t, t, cond, scale)

@@ -9,6 +9,7 @@ score and a teacher would move them.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from stepdistill.data.batch import Batch
 from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.process import expand
-from stepdistill.diffusion.sampler import full
+from stepdistill.diffusion.sampler import first_state, full
 from stepdistill.losses.regression import mean_square
 from stepdistill.losses.twin_flow import barron_weighted, recursive_target, span_weight
 from stepdistill.run.errors import UserError
@@ -98,11 +99,16 @@ class TwinFlowTrainer(JumpTrainer):
         """One player, one turn."""
         return [Turn("student", self.loss)]
 
+    @cached_property
+    def bounds(self) -> tuple[float, float]:
+        """The flow times of the process's cleanest and of the student's noisiest time."""
+        low, top = self.process.flow_time(torch.tensor([self.process.t_min, self.top])).tolist()
+        return low, top
+
     def times(self, batch: Batch, rng: Rng) -> tuple[Tensor, Tensor, Tensor]:
         """Each sample's kind, and the flow times s and r at which its step begins and ends [B]."""
         kind = (batch.index + rng.integer("kinds", PARTS)) % PARTS
-        ends = torch.tensor([self.process.t_min, self.top])
-        low, top = self.process.flow_time(ends).tolist()
+        low, top = self.bounds
         s = (top * rng.uniform("t", batch.index)).clamp_min(max(low, LEAST))
         s = torch.where(kind == 0, torch.full_like(s, top), s)
         u = rng.uniform("r", batch.index)
@@ -154,8 +160,7 @@ class TwinFlowTrainer(JumpTrainer):
     def images_of_its_own(self, batch: Batch, rng: Rng) -> Tensor:
         """The student's images in one step [B, ...]."""
         z = self.z(batch, rng, "own-z")
-        t = full(z, self.top)
-        x_t = self.process.noise(torch.zeros_like(z), z, t)
+        t, x_t = full(z, self.top), first_state(self.process, z, self.top)
         with self.autocast():
             made: Tensor = self.student(x_t, t, batch.cond.ending(torch.zeros_like(t))).x
         return made
@@ -182,8 +187,7 @@ class TwinFlowTrainer(JumpTrainer):
 
         Their drift goes down by the gap, own less real, and with it the image up.
         """
-        top = float(self.process.flow_time(torch.tensor(self.top)))
-        t = self.placed((top * rng.uniform("own-t", batch.index)).clamp_min(LEAST))
+        t = self.placed((self.bounds[1] * rng.uniform("own-t", batch.index)).clamp_min(LEAST))
         x_t = self.process.noise(x.detach(), self.z(batch, rng, "own-e"), t)
         with torch.no_grad(), self.autocast():
             both = [

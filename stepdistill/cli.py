@@ -255,25 +255,31 @@ def bench_students(
     config: Annotated[
         list[str] | None, typer.Option(help="only these configs (may be repeated)")
     ] = None,
+    family: Annotated[
+        str | None, typer.Option(help="only methods of this family, as `methods` lists them")
+    ] = None,
+    teacher: Annotated[str, typer.Option(help="name of the shipped teacher")] = "digits-dit",
     out: Annotated[Path, typer.Option(help="folder of runs and results")] = Path("out/students"),
-    steps: Annotated[int, typer.Option(help="sampler steps of the students", min=1)] = 1,
+    steps: Annotated[str, typer.Option(help="sampler steps of the students, by commas")] = "1",
     seconds: Annotated[float, typer.Option(help="training budget of each run", min=1)] = 300,
     seeds: Annotated[str, typer.Option(help="seeds, by commas")] = "0,1,2",
     num: Annotated[int, typer.Option(help="samples of each evaluation", min=100)] = 2000,
     record: Annotated[
         Path | None, typer.Option(help="plans and figures so far; OUT/record.json if left out")
     ] = None,
-    markdown: Annotated[Path | None, typer.Option(help="put the table into this file")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="put the tables into this file")] = None,
     recorded: Annotated[
-        bool, typer.Option("--recorded", help="train nothing: the table of what is recorded")
+        bool, typer.Option("--recorded", help="train nothing: the tables of what is recorded")
     ] = False,
 ) -> None:
-    """Distil the digits teacher by every method on one budget; what is recorded is kept."""
+    """Distil a digits teacher by every method on one budget; what is recorded is kept."""
     from stepdistill.commands.students import students
 
     students(
         out,
         names=config,
+        family=family,
+        teacher=teacher,
         steps=steps,
         seconds=seconds,
         seeds=seeds,

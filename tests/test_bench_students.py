@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from stepdistill.commands import students
+from stepdistill.commands.entries import entries_of, whole_numbers
 from stepdistill.commands.fleet import Fleet
 from stepdistill.commands.read import read_config
-from stepdistill.commands.students import Bench, Entry, entries_of
+from stepdistill.commands.students import Bench
 from stepdistill.commands.students_table import replace_section, section
 from stepdistill.eval.runner import Row
 from stepdistill.run.errors import CheckFailed, UserError
@@ -39,7 +40,7 @@ def bench(tmp_path, monkeypatch) -> Bench:
         return int("seed=9" in keys)
 
     def deliver(folder: Path, *_, steps: tuple[int, ...], **__) -> list[Row]:
-        return [figures(folder.name, steps[0], 0.5)]
+        return [figures(folder.name, number, 0.5) for number in steps]
 
     monkeypatch.setattr(Fleet, "run", run)
     monkeypatch.setattr(Fleet, "train", train)
@@ -52,7 +53,7 @@ def made(folder: Path, seconds: float = 10, num: int = 100) -> Bench:
 
 
 def test_all_that_shorten_take_part_and_learn_the_law_of_one_teacher() -> None:
-    one, four = entries_of(None, 1, "0,1,1"), entries_of(None, 4, "0")
+    one, four = entries_of(None, [1], "0,1,1"), entries_of(None, [4], "0")
     assert {entry.method for entry in one} >= ONE_STEP
     assert {entry.method for entry in four} >= {"phased_dmd", "flash_dmd", "sim", "reflow"}
     assert not {entry.method for entry in one + four} & {"opd", "opd-diverse", "crd", "teacher"}
@@ -64,9 +65,9 @@ def test_all_that_shorten_take_part_and_learn_the_law_of_one_teacher() -> None:
 
 
 def test_one_run_serves_every_number_of_steps_where_it_can() -> None:
-    (one,), (four,) = (entries_of(["reflow-digits"], steps, "0") for steps in (1, 4))
+    (one,), (four,) = (entries_of(["reflow-digits"], [steps], "0") for steps in (1, 4))
     assert one.run == four.run and one.plan == four.plan and one.name != four.name
-    (one,), (four,) = (entries_of(["sim-digits"], steps, "0") for steps in (1, 4))
+    (one,), (four,) = (entries_of(["sim-digits"], [steps], "0") for steps in (1, 4))
     assert one.run != four.run and "student_steps=4" in four.keys
 
 
@@ -81,11 +82,11 @@ def test_one_run_serves_every_number_of_steps_where_it_can() -> None:
 )
 def test_a_config_that_cannot_take_part_says_why(name, steps, line) -> None:
     with pytest.raises(UserError, match=f"--config {name}: {line}"):
-        entries_of([name], steps, "0")
+        entries_of([name], [steps], "0")
 
 
 def test_a_run_has_the_steps_of_its_plan_and_is_not_made_again(bench, tmp_path) -> None:
-    entries = entries_of(["sim-digits"], 1, "0,1")
+    entries = entries_of(["sim-digits"], [1], "0,1")
     rows = bench.rows(entries)
     assert [found.fd for found in rows] == [0.5, 0.5]
     calls = {path.name: path.read_text() for path in (tmp_path / "calls").iterdir()}
@@ -98,7 +99,7 @@ def test_a_run_has_the_steps_of_its_plan_and_is_not_made_again(bench, tmp_path) 
 
 
 def test_what_is_recorded_is_told_without_training(bench, tmp_path) -> None:
-    (entry,) = entries_of(["sim-digits"], 1, "0")
+    (entry,) = entries_of(["sim-digits"], [1], "0")
     bench.rows([entry])
     again = made(tmp_path)
     assert again.holds(entry)
@@ -106,16 +107,16 @@ def test_what_is_recorded_is_told_without_training(bench, tmp_path) -> None:
     assert not again.holds(replace(entry, settings="other"))
     asked = {"names": ["sim-digits"], "seconds": 10, "seeds": "0,1", "num": 100}
     asked |= {"record": tmp_path / "record.json", "markdown": tmp_path / "B.md", "recorded": True}
-    assert [row.fd for row in students.students(tmp_path / "out", steps=1, **asked)] == [0.5]
+    assert [row.fd for row in students.students(tmp_path / "out", steps="1", **asked)] == [0.5]
     assert len(list((tmp_path / "calls").iterdir())) == 1
     with pytest.raises(UserError, match="record.json holds no student of these in 2 steps"):
-        students.students(tmp_path / "out", steps=2, **asked)
+        students.students(tmp_path / "out", steps="2", **asked)
 
 
 def test_changed_settings_are_trained_anew_and_said(bench, tmp_path, capsys) -> None:
-    (entry,) = entries_of(["sim-digits"], 1, "0")
+    (entry,) = entries_of(["sim-digits"], [1], "0")
     bench.rows([entry])
-    other = Entry(entry.config, 1, 0, entry.keys, entry.any_steps, settings="other")
+    other = replace(entry, settings="other")
     again = made(tmp_path)
     again.rows([other])
     assert capsys.readouterr().err.count("sim-digits-k1") == 2  # its plan and its figures
@@ -123,9 +124,48 @@ def test_changed_settings_are_trained_anew_and_said(bench, tmp_path, capsys) -> 
     assert again.record.figures[entry.name].settings == "other"
 
 
+def test_a_student_of_any_number_of_steps_is_trained_once_for_all(bench, tmp_path) -> None:
+    entries = entries_of(["consistency-digits", "pcm-digits"], [1, 2, 4], "0")
+    rows = bench.rows(entries)
+    assert [row.steps for row in rows] == [1, 2, 4] * 2
+    calls = [path.name for path in (tmp_path / "calls").iterdir()]
+    assert len([name for name in calls if name.startswith("consistency-digits-s0")]) == 1
+    assert len([name for name in calls if name.startswith("pcm-digits-k")]) == 3
+    assert set(bench.record.plans) == {
+        "consistency-digits",
+        *(f"pcm-digits-k{n}" for n in (1, 2, 4)),
+    }
+
+
+def test_every_shipped_teacher_has_students_of_its_own() -> None:
+    (dit,), (unet,) = (
+        entries_of(["sim-digits"], [1], "0", teacher=name) for name in ("digits-dit", "digits-unet")
+    )
+    assert (dit.name, unet.name) == ("sim-digits-k1-s0", "sim-digits-unet-k1-s0")
+    assert read_config(unet.config, unet.keys)[1].teacher == "digits-unet"
+    assert dit.plan != unet.plan and dit.settings != unet.settings
+    with pytest.raises(
+        UserError, match="--teacher digits-unit: not shipped; did you mean digits-unet"
+    ):
+        entries_of(["sim-digits"], [1], "0", teacher="digits-unit")
+
+
+def test_a_family_takes_part_by_its_name() -> None:
+    found = {entry.method for entry in entries_of(None, [4], "0", family="trajectory")}
+    assert found >= {"consistency", "pcm", "scm", "flow_map"} and not found & {"sim", "reflow"}
+    with pytest.raises(UserError, match="--family trajectories: unknown; did you mean trajectory"):
+        entries_of(None, [1], "0", family="trajectories")
+
+
+@pytest.mark.parametrize("text", ["0", "1,two", "", "-1"])
+def test_numbers_of_steps_are_whole(text) -> None:
+    with pytest.raises(UserError, match=f"--steps {text}: write whole numbers from 1 on"):
+        whole_numbers("--steps", text)
+
+
 def test_what_finished_is_kept_when_another_run_fails(bench, tmp_path) -> None:
     with pytest.raises(CheckFailed, match=r"did not finish: sim-digits-k1-s9-\w+$"):
-        bench.rows(entries_of(["sim-digits"], 1, "0,9"))
+        bench.rows(entries_of(["sim-digits"], [1], "0,9"))
     assert list(made(tmp_path).record.figures) == ["sim-digits-k1-s0"]
 
 
@@ -148,7 +188,7 @@ def test_a_plan_counts_the_time_of_a_step(tmp_path) -> None:
 def test_the_table_is_by_fd_with_spread_and_replaces_its_own_section(tmp_path) -> None:
     teacher = [figures("teacher", 1, 8.0), figures("teacher", 32, 0.5, 5.0)]
     rows = [figures("b", 1, 0.6), figures("b", 1, 0.8), figures("a", 1, 0.4, 5.5)]
-    keys = {"steps": 1, "seconds": 300, "num": 100, "guided": {"b"}}
+    keys = {"teacher": "digits-dit", "steps": 1, "seconds": 300, "num": 100, "guided": {"b"}}
     text = section(rows, teacher, **keys)
     lines = [line for line in text.splitlines() if line.startswith("| `")]
     assert lines[0].startswith("| `a` | 0.40 | 0.80 | 5.50 (+10.0%) | 1 |")
@@ -157,7 +197,10 @@ def test_the_table_is_by_fd_with_spread_and_replaces_its_own_section(tmp_path) -
     file.write_text("# Benchmarks\n\n## Another\n\nstays\n")
     for _ in range(2):
         replace_section(file, text)
-    assert file.read_text().count("## Students of 1 step") == 1 and "stays" in file.read_text()
+    assert (
+        file.read_text().count("## Students of digits-dit in 1 step") == 1
+        and "stays" in file.read_text()
+    )
 
 
 def test_children_that_an_interrupt_leaves_are_ended() -> None:

@@ -38,7 +38,7 @@ def small(words: list[str]) -> list[str]:
     if {"train", "teacher"} & set(words):
         words = words + SMALL
     if "students" in words:
-        words = [*words, *"--config sim-digits --seconds 1 --seeds 0 --num 100".split()]
+        words = [*words, *"--config consistency-digits --seconds 1 --seeds 0 --num 100".split()]
     elif "--num" in words:
         words[words.index("--num") + 1] = "64"
     place = next(i for i, word in enumerate(words) if "=" not in word)

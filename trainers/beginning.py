@@ -7,6 +7,7 @@ import re
 from stepdistill.adapters import lora
 from stepdistill.adapters.recompute import recompute
 from stepdistill.diffusion.denoiser import Denoiser
+from stepdistill.run.assets import student_weights
 from stepdistill.run.errors import UserError
 from stepdistill.run.rng import seeded
 from stepdistill.trainers.settings import TrainConfig
@@ -30,18 +31,21 @@ def told(source: Denoiser, *numbers: str) -> Denoiser:
 
 
 def begin(config: TrainConfig, name: str, source: Denoiser, *, copy: bool) -> Denoiser:
-    """The denoiser of a new player, which is ``source`` to the bit.
+    """The denoiser of a new player: ``source`` to the bit, or the student that the config names.
 
     Args:
-        config: its ``lora`` tells which players are adapters.
+        config: its ``lora`` tells which players are adapters, its ``student`` as what these begin.
         name: of the player; "student_2" counts as a student.
         source: a network, which is shared where the player is an adapter.
         copy: whether a player that is no adapter has a network of its own.
 
     Raises:
-        UserError: adapters for a network that is trained itself, or targets that it has not.
+        UserError: adapters for a network that is trained itself, or targets that it has not; a
+            beginning that does not fit.
     """
     role = role_of(name)
+    if role == "student" and config.student is not None:
+        return _begun(config, source.clone() if copy else source)
     like = {"target": "critic", "previous": "student"}.get(role, role)  # what it once was
     if config.lora is None or like not in config.lora.players:
         return source.clone() if copy else source
@@ -62,6 +66,17 @@ def begin(config: TrainConfig, name: str, source: Denoiser, *, copy: bool) -> De
         raise UserError(f"lora.targets: {error}") from error
 
 
+def _begun(config: TrainConfig, net: Denoiser) -> Denoiser:
+    if config.lora is not None and "student" in config.lora.players:
+        raise UserError(
+            "student: adapters begin as the teacher; set lora=null, lora.players=[critic] or "
+            "student=null"
+        )
+    assert config.student is not None
+    net.load(student_weights(config.student, net))
+    return net
+
+
 def recomputed(den: Denoiser) -> None:
     """Turn gradient checkpointing on.
 
@@ -76,12 +91,15 @@ def recomputed(den: Denoiser) -> None:
         ) from error
 
 
-def renewed(den: Denoiser, seed: int) -> Denoiser:
-    """A copy whose weights are those that its class begins with, by a seed.
+def renewed(den: Denoiser, config: TrainConfig) -> Denoiser:
+    """A copy whose weights are those that its class begins with, by the config's seed.
 
     Raises:
-        UserError: the network is not one of diffusers', which can be made from their config.
+        UserError: the network is not one of diffusers', which can be made from their config; or it
+            is to begin as another.
     """
+    if config.student is not None:
+        raise UserError("scratch: fresh weights are no saved student's; set student=null")
     made, cls = den.clone(), type(den.net)
     maker = getattr(cls, "from_config", None)
     if maker is None or not hasattr(den.net, "config"):
@@ -89,6 +107,6 @@ def renewed(den: Denoiser, seed: int) -> Denoiser:
             f"scratch: a {cls.__name__} cannot be made anew from a config of its own; set "
             "scratch=false, or take a teacher that is a network of diffusers"
         )
-    with seeded(seed):
+    with seeded(config.seed):
         made.net.load_state_dict(maker(den.net.config).state_dict())
     return made

@@ -111,6 +111,11 @@ class TrainConfig(Section):
     steps: int = Field(ge=1, description="training steps")
     batch_size: int = Field(128, ge=1, description="samples of one step over all processes")
     teacher: str = Field(description="a pipeline folder, a hub name, digits-dit or digits-unet")
+    student: str | None = Field(
+        None,
+        description="a pipeline folder or a hub name whose network the student begins as, such as "
+        "another method's student; null: the teacher's",
+    )
     guidance: float = Field(1.0, ge=0, description="guidance scale of the teacher; 1: off")
     start: float | None = Field(
         None,

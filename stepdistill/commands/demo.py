@@ -93,12 +93,17 @@ def train_all(runs: Path, methods: Sequence[str]) -> None:
         raise CheckFailed(f"demo: training did not finish: {', '.join(failed)}")
 
 
-def teacher_rows(reference: Reference, num: int) -> list[Row]:
-    """The teacher's figures at each of its numbers of steps."""
+def teacher_rows(
+    reference: Reference,
+    num: int,
+    teacher: str = TEACHER,
+    steps: Sequence[int] = TEACHER_STEPS,
+) -> list[Row]:
+    """A shipped teacher's figures at each of its numbers of steps."""
     return evaluate(
-        TEACHER,
+        teacher,
         reference,
-        steps=TEACHER_STEPS,
+        steps=steps,
         num=num,
         metrics=METRICS,
         seed=SEED,

@@ -152,7 +152,9 @@ def finished(run: Path) -> Trainer:
     cls, config = read_config(str(file))
     if not config.teacher:
         raise UserError(f"{run}: a teacher's run; its pipeline is {run / 'pipeline'} already")
-    config = config.model_copy(update={"lora": None, "gradient_checkpointing": False})  # all whole
+    config = config.model_copy(
+        update={"lora": None, "gradient_checkpointing": False, "student": None}
+    )
     trainer = cls(config, load_teacher(config.teacher))
     trainer.prepare(config.steps)
     for name, player in trainer.players.items():

@@ -1,9 +1,9 @@
-"""bench students: every method's student of the digits teacher, on one budget of training time.
+"""bench students: every method's student of a digits teacher, on one budget of training time.
 
 Each run is a training of its own, one core each. Its number of steps is its budget over the time
-that a step takes, measured before the first run. Plans and figures are kept in a record, a run
-each; what it holds is not made again, so a benchmark that was stopped goes on, and one that is in
-the record from elsewhere is finished here.
+that a step takes, measured before the first run; a student for any number of sampler steps is
+trained once for all. Plans and figures are kept in a record; what it holds is not made again, so a
+benchmark that was stopped goes on, and one that is in the record from elsewhere is finished here.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Lock
@@ -22,6 +21,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from stepdistill.commands.demo import METRICS, TEACHER, deliver, teacher_rows
+from stepdistill.commands.entries import Entry, entries_of, whole_numbers
 from stepdistill.commands.evaluate import open_reference
 from stepdistill.commands.fleet import Fleet
 from stepdistill.commands.job import job
@@ -30,58 +30,11 @@ from stepdistill.commands.students_table import replace_section, section
 from stepdistill.commands.train import Source
 from stepdistill.commands.watch import Watch
 from stepdistill.eval.runner import Reference, Row
-from stepdistill.run.assets import load_teacher
-from stepdistill.run.config import CONFIGS, digest
 from stepdistill.run.errors import CheckFailed, UserError
 from stepdistill.run.files import write_text
 
+TEACHER_STEPS = (1, 2, 4, 8, 32)
 WARM, TIMED = 4, 10
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One training of the benchmark.
-
-    Args:
-        config: name of the config, or its file.
-        steps: sampler steps of its student.
-        seed: of the run.
-        keys: overrides by which the config takes part.
-        any_steps: whether one run serves every number of sampler steps.
-        settings: hash of what it trains with, but for seed and number of training steps.
-    """
-
-    config: str
-    steps: int
-    seed: int
-    keys: tuple[str, ...]
-    any_steps: bool
-    settings: str
-
-    @property
-    def stem(self) -> str:
-        """Name of its config, wherever the file is."""
-        return Path(self.config).stem
-
-    @property
-    def plan(self) -> str:
-        """Name of its plan."""
-        return f"{self.stem}{'' if self.any_steps else f'-k{self.steps}'}"
-
-    @property
-    def run(self) -> str:
-        """Name of its run."""
-        return f"{self.plan}-s{self.seed}-{self.settings}"
-
-    @property
-    def method(self) -> str:
-        """Name of its method in the table."""
-        return self.stem.removesuffix("-digits")
-
-    @property
-    def name(self) -> str:
-        """Name of its figures."""
-        return f"{self.stem}-k{self.steps}-s{self.seed}"
 
 
 class Plan(BaseModel):
@@ -118,7 +71,9 @@ def students(
     out: Path,
     *,
     names: Sequence[str] | None,
-    steps: int,
+    family: str | None = None,
+    teacher: str = TEACHER,
+    steps: str,
     seconds: float,
     seeds: str,
     num: int,
@@ -130,13 +85,15 @@ def students(
 
     Args:
         out: folder of runs and pipelines.
-        names: configs; all that distil a shipped digits teacher if none.
-        steps: sampler steps of the students.
+        names: configs; all that make a digits teacher faster if none.
+        family: of methods, whose configs alone take part where none are named.
+        teacher: name of the shipped teacher.
+        steps: sampler steps of the students, by commas.
         seconds: training budget of each.
         seeds: by commas.
         num: samples of each evaluation.
         record: file of plans and figures; ``out``/record.json if none.
-        markdown: a file whose section for this number of steps is replaced or added.
+        markdown: a file whose sections for these numbers of steps are replaced or added.
         recorded: train nothing, and tell what the record holds.
 
     Raises:
@@ -144,7 +101,8 @@ def students(
             another budget, or one that holds none of these where it is to hold them.
         CheckFailed: a training ended with an error; its own line tells why.
     """
-    entries = entries_of(names, steps, seeds)
+    sampled = whole_numbers("--steps", steps)
+    entries = entries_of(names, sampled, seeds, teacher=teacher, family=family)
     reference = open_reference("digits", None, METRICS, "cpu")
     bench = Bench(out, record or out / "record.json", reference, seconds, num)
     if recorded:
@@ -152,13 +110,29 @@ def students(
         if not entries:
             raise UserError(f"--recorded: {bench.file} holds no student of these in {steps} steps")
     rows = bench.rows(entries)
-    teacher = teacher_rows(reference, num)
-    guided = {e.method for e in entries if read_config(e.config, e.keys)[1].guides_law}
-    table = section(rows, teacher, steps=steps, seconds=seconds, num=num, guided=guided)
-    print(table)
-    if markdown is not None:
-        replace_section(markdown, table)
+    walks = teacher_rows(reference, num, teacher, TEACHER_STEPS)
+    for table in tables(entries, rows, walks, seconds, num):
+        print(table)
+        if markdown is not None:
+            replace_section(markdown, table)
     return rows
+
+
+def tables(
+    entries: Sequence[Entry], rows: Sequence[Row], walks: Sequence[Row], seconds: float, num: int
+) -> Iterator[str]:
+    """A table for each number of sampler steps, by rising number."""
+    guided = {e.method for e in entries if read_config(e.config, e.keys)[1].guides_law}
+    for steps in sorted({entry.steps for entry in entries}):
+        yield section(
+            [row for row, entry in zip(rows, entries, strict=True) if entry.steps == steps],
+            walks,
+            teacher=entries[0].teacher,
+            steps=steps,
+            seconds=seconds,
+            num=num,
+            guided=guided,
+        )
 
 
 class Bench:
@@ -189,11 +163,12 @@ class Bench:
         """
         self.forget(entries)
         todo = [entry for entry in entries if entry.name not in self.record.figures]
-        plans = {e.plan: e for e in todo if e.plan not in self.record.plans}
-        self.fleet = Fleet(len(todo))
-        for stage, items in ((self.measure, [*plans.values()]), (self.train, todo)):
-            codes = self.fleet.each(stage, items)
-            failed = [entry.run for entry, code in zip(items, codes, strict=True) if code]
+        plans = {e.plan: [e] for e in todo if e.plan not in self.record.plans}
+        runs = {entry.run: [e for e in todo if e.run == entry.run] for entry in todo}
+        self.fleet = Fleet(len(runs))
+        for stage, items in ((self.measure, plans), (self.train, runs)):
+            codes = self.fleet.each(stage, [*items.values()])
+            failed = [own[0].run for own, code in zip(items.values(), codes, strict=True) if code]
             if failed:
                 raise CheckFailed(f"training did not finish: {', '.join(failed)}")
         return [self.record.figures[entry.name].row for entry in entries]
@@ -211,8 +186,9 @@ class Bench:
                     print(f"{name}: its settings have changed; made again", file=sys.stderr)
                     del kept[name]
 
-    def measure(self, entry: Entry) -> int:
-        """Plan an entry's steps; returns the exit code."""
+    def measure(self, same: Sequence[Entry]) -> int:
+        """Plan the steps of entries that are trained alike; returns the exit code."""
+        entry = same[0]
         file = self.out / "plans" / f"{entry.plan}.json"
         code = self.fleet.run(
             __name__, entry.config, str(self.record.seconds), str(file), *entry.keys
@@ -224,17 +200,19 @@ class Bench:
                 self.keep()
         return code
 
-    def train(self, entry: Entry) -> int:
-        """Train and judge an entry; returns the training's exit code."""
+    def train(self, same: Sequence[Entry]) -> int:
+        """Train a run, and judge it in the steps of its entries; returns the exit code."""
+        entry = same[0]
         run, folder = self.out / "runs" / entry.run, self.out / "pipelines" / entry.run
         own = (f"seed={entry.seed}", f"steps={self.record.plans[entry.plan].steps}")
         quiet = ("eval.every_steps=0", "sample.every_steps=0")
         code = self.fleet.train(entry.config, run, *own, *quiet, *entry.keys)
         if code == 0:
             with self.lock:  # the reference keeps what it has computed, and the record is one file
-                num, steps = self.record.num, (entry.steps,)
+                num, steps = self.record.num, [one.steps for one in same]
                 rows = deliver(run, folder, self.reference, entry.method, steps=steps, num=num)
-                self.record.figures[entry.name] = Figures(settings=entry.settings, row=rows[0])
+                for one, row in zip(same, rows, strict=True):
+                    self.record.figures[one.name] = Figures(settings=one.settings, row=row)
                 self.keep()
         return code
 
@@ -262,50 +240,6 @@ def read_record(file: Path, seconds: float, num: int) -> Record:
             "those, or name another file"
         )
     return kept
-
-
-def entries_of(names: Sequence[str] | None, steps: int, seeds: str) -> list[Entry]:
-    """Every config with every seed.
-
-    Raises:
-        UserError: no such config, one whose student cannot have so many steps, or bad seeds.
-    """
-    try:
-        numbers = dict.fromkeys(int(seed) for seed in seeds.split(","))
-    except ValueError:
-        raise UserError(f"--seeds {seeds}: write whole numbers by commas, as 0,1,2") from None
-    found = []
-    for name in names or sorted(path.stem for path in CONFIGS.glob("*-digits.yaml")):
-        try:
-            found.append(entry(name, steps))
-        except UserError as error:
-            if names:
-                raise UserError(f"--config {name}: {error}") from error
-    return [replace(one, seed=seed) for seed in numbers for one in found]
-
-
-def entry(name: str, steps: int) -> Entry:
-    """A config as it takes part, with seed 0.
-
-    All learn the law of one teacher, unguided where the method does not insist.
-
-    Raises:
-        UserError: no such config, or one without a student of so many steps.
-    """
-    cls, config = read_config(name)
-    if not cls.shortens:
-        raise UserError(f"{config.method} makes no teacher faster")
-    keys = [f"teacher={TEACHER}"] if config.teacher != TEACHER else []
-    if config.guidance != 1:
-        plain = read_config(name, ["guidance=1"])[1]
-        insists = plain.guided or getattr(plain, "guides_fake", False)
-        keys += [] if insists else ["guidance=1"]
-    fixed = "student_steps" in cls.Config.model_fields
-    keys += [f"student_steps={steps}"] if fixed else []
-    settings = read_config(name, [*keys, "seed=0", "steps=1000"])[1]
-    if steps not in cls(settings, load_teacher(TEACHER)).grids():
-        raise UserError(f"its student has no {steps} steps")
-    return Entry(name, steps, 0, tuple(keys), any_steps=not fixed, settings=digest(settings)[:8])
 
 
 def plan_steps(config: str, seconds: float, file: Path, keys: Sequence[str]) -> None:

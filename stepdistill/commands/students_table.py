@@ -15,8 +15,9 @@ from stepdistill.run.versions import versions
 
 def section(
     rows: Sequence[Row],
-    teacher: Sequence[Row],
+    walks: Sequence[Row],
     *,
+    teacher: str,
     steps: int,
     seconds: float,
     num: int,
@@ -26,23 +27,25 @@ def section(
 
     Args:
         rows: the students', a run each.
-        teacher: the teacher's, by rising number of steps.
+        walks: the teacher's, by rising number of steps.
+        teacher: its name.
         steps: of the students.
         seconds: training budget of each.
         num: samples of each evaluation.
         guided: methods whose teacher is guided, which are told apart.
     """
-    best = teacher[-1]
+    best = walks[-1]
     lines = [
-        f"## Students of {steps} step{'s' if steps > 1 else ''}, {seconds:g} s of training each",
+        f"## Students of {teacher} in {steps} step{'s' if steps > 1 else ''}, {seconds:g} s of "
+        "training each",
         "",
-        f"{date.today()}, {versions()}; `stepdistill bench students --steps {steps} --seconds "
-        f"{seconds:g}`; {num:,} samples against the digits, Frechet distance fd in the features of "
-        "the shipped digits classifier; r is fd over the teacher's at 32 steps; mean ± standard "
-        "deviation over seeds. Diversity is the mean pairwise distance of the images, and its "
-        "change against the teacher's. The budget is of one core, and counts steps by the time "
-        "that one takes, without the making of pairs; all learn the unguided teacher's law, but "
-        "those that say guided.",
+        f"{date.today()}, {versions()}; `stepdistill bench students --teacher {teacher} --steps "
+        f"{steps} --seconds {seconds:g}`; {num:,} samples against the digits, Frechet distance fd "
+        "in the features of the shipped digits classifier; r is fd over the teacher's at 32 steps; "
+        "mean ± standard deviation over seeds. Diversity is the mean pairwise distance of the "
+        "images, and its change against the teacher's. The budget is of one core, and counts steps "
+        "by the time that one takes, without the making of pairs; all learn the unguided teacher's "
+        "law, but those that say guided.",
         "",
         "| method | fd | r | diversity | seeds |",
         "| --- | ---: | ---: | ---: | ---: |",
@@ -57,10 +60,10 @@ def section(
             f"| {given(group, fd / (best.fd or 1), spread / (best.fd or 1))} "
             f"| {wide:.2f} ({change:+.1%}) | {len(group)} |"
         )
-    for row in teacher:
+    for row in walks:
+        ratio = (row.fd or 0) / (best.fd or 1)
         lines.append(
-            f"| teacher, {row.steps} steps | {row.fd:.2f} | {(row.fd or 0) / (best.fd or 1):.2f} "
-            f"| {row.diversity:.2f} | |"
+            f"| teacher, {row.steps} steps | {row.fd:.2f} | {ratio:.2f} | {row.diversity:.2f} | |"
         )
     return "\n".join(lines) + "\n"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
@@ -17,9 +16,14 @@ from stepdistill.adapters.taps import Tail, record
 from stepdistill.diffusion.branch import Branch
 from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.heads import HEADS, Head
-from stepdistill.diffusion.process import RF, VP, Coefs, Process
-
-NETWORK_KEYS = ("transformer", "unet", "model")
+from stepdistill.diffusion.process import Coefs, Process
+from stepdistill.diffusion.saved import (
+    pipeline_folder,
+    read_classes,
+    read_index,
+    read_network,
+    read_scheduler,
+)
 
 
 class Prediction:
@@ -229,19 +233,10 @@ class Denoiser(Branch):
         Raises:
             ValueError: a folder without a pipeline, or one that is not understood.
         """
-        import diffusers
-
-        folder = Path(source)
-        if not folder.is_dir():
-            folder = Path(diffusers.DiffusionPipeline.download(str(source)))
+        folder = pipeline_folder(source)
         index, key = read_index(folder / "model_index.json")
         process, head = read_scheduler(folder / "scheduler", index["scheduler"][1])
-        class_name = index[key][1]
-        if not hasattr(diffusers, class_name):
-            raise ValueError(f"{folder}: diffusers has no network class {class_name}")
-        net = getattr(diffusers, class_name).from_pretrained(
-            folder, subfolder=key, torch_dtype=dtype, use_safetensors=True
-        )
+        net = read_network(folder, key, index[key][1], dtype)
         adapter = adapter_for(net)
         rows = adapter.label_rows(net)
         null = index.get("null_label", adapter.null_label(net)) if rows else None
@@ -253,84 +248,6 @@ class Denoiser(Branch):
             classes=read_classes(index, rows, null),
             null_label=null,
         )
-
-
-def read_index(file: Path) -> tuple[dict[str, Any], str]:
-    """A pipeline's model_index.json, and the key of its network.
-
-    Raises:
-        ValueError: no such file, or a pipeline of a kind that is not known here.
-    """
-    if not file.is_file():
-        raise ValueError(f"{file.parent}: no model_index.json, so this is no diffusers pipeline")
-    index = json.loads(file.read_text(encoding="utf-8"))
-    held = {k for k, v in index.items() if isinstance(v, list) and len(v) == 2 and v[1]}
-    vae = next((k for k in ("vae", "vqvae") if k in held), None)
-    if vae is not None:
-        raise ValueError(f"{file}: a latent model ({vae}); only models of pixels are known so far")
-    key = next((k for k in NETWORK_KEYS if k in held), None)
-    if key is None:
-        raise ValueError(f"{file}: names none of the networks {', '.join(NETWORK_KEYS)}")
-    if f"{key}_2" in held:
-        raise ValueError(
-            f"{file}: several networks ({key}, {key}_2); save each as a pipeline of its own, to be "
-            "given as teacher and, where the method has it, teacher_low"
-        )
-    if "scheduler" not in held:
-        raise ValueError(f"{file}: names no scheduler, which tells how the network was trained")
-    return index, key
-
-
-def read_classes(index: dict[str, Any], rows: int, null: int | None) -> tuple[str, ...]:
-    """Names of the classes by label: those of the index, else numbers.
-
-    Args:
-        index: a pipeline's model_index.json; ``classes`` (a list, or name -> label) or diffusers'
-            ``id2label`` hold names.
-        rows: labels that the network knows; 0 if it takes none.
-        null: the label that means "no class".
-
-    Raises:
-        ValueError: names for other labels than 0, 1, ..., or for more than the network knows.
-    """
-    count = rows - (null is not None and null == rows - 1)
-    given = index.get("classes") or index.get("id2label")
-    if rows == 0 or not given:
-        return tuple(map(str, range(count)))
-    if not isinstance(given, dict):
-        names = dict(enumerate(given))
-    elif index.get("classes"):
-        names = {int(label): name for name, label in given.items()}
-    else:
-        names = {int(label): name for label, name in given.items()}
-    if sorted(names) != list(range(len(names))) or len(names) > count:
-        raise ValueError(f"model_index.json: {len(names)} class names for {count} labels")
-    texts = [str(names[label]) for label in range(len(names))]
-    return tuple(f"{t} ({k})" if texts.count(t) > 1 else t for k, t in enumerate(texts))
-
-
-def read_scheduler(folder: Path, class_name: str) -> tuple[Process, str]:
-    """Process and head name of a saved diffusers scheduler.
-
-    Raises:
-        ValueError: a scheduler whose process is not one of those known here.
-    """
-    import diffusers
-
-    config = json.loads((folder / "scheduler_config.json").read_text())
-    if class_name.startswith("FlowMatch"):
-        return RF(float(config.get("shift", 1.0))), "velocity"
-    heads = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
-    scheduler_class = getattr(diffusers, class_name, None)
-    if scheduler_class is None or config.get("prediction_type", "epsilon") not in heads:
-        raise ValueError(
-            f"{folder}: cannot read a process from {class_name}; known are FlowMatch schedulers "
-            f"and those with alphas_cumprod and prediction_type {', '.join(heads)}"
-        )
-    table = getattr(scheduler_class.from_config(config), "alphas_cumprod", None)
-    if table is None:
-        raise ValueError(f"{folder}: {class_name} has no alphas_cumprod to read a process from")
-    return VP(table), heads[config.get("prediction_type", "epsilon")]
 
 
 class Experts(nn.Module):

@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from stepdistill.adapters import scalars
 from stepdistill.diffusion.denoiser import Denoiser
+from stepdistill.diffusion.saved import pipeline_folder, read_index, read_meaning, read_network
 from stepdistill.run.errors import UserError
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
@@ -49,3 +52,46 @@ def load_teacher(
         raise UserError(
             f"{key}={name}: {first} (shipped teachers: {', '.join(TEACHERS)})"
         ) from error
+
+
+def student_weights(name: str, den: Denoiser) -> dict[str, Tensor]:
+    """Weights of the saved pipeline as which a student begins, by name.
+
+    Args:
+        name: a pipeline's folder, a hub name or a shipped teacher.
+        den: the student, whose network, process and output the pipeline's must be.
+
+    Raises:
+        UserError: it cannot be found or understood, or is of another kind than the student.
+    """
+    try:
+        return _weights_for(pipeline_folder(teacher_path(name)), den)
+    except UserError as error:
+        raise UserError(f"student={error}") from error
+    except (ValueError, OSError) as error:
+        raise UserError(f"student={name}: {str(error).strip().splitlines()[0]}") from error
+
+
+def _weights_for(folder: Path, den: Denoiser) -> dict[str, Tensor]:
+    if (folder / "config.yaml").is_file() and not (folder / "model_index.json").is_file():
+        raise ValueError(
+            f"the folder of a run; name its student's: `stepdistill export {folder} --out FOLDER`"
+        )
+    index, key = read_index(folder / "model_index.json")
+    if index.get("extra", [None])[0]:
+        raise ValueError(
+            "its network is told further numbers, which students do not begin with; name another"
+        )
+    kind, own = type(den.net).__name__, den.weights()
+    if index[key][1] != kind:
+        raise ValueError(f"its network is a {index[key][1]}, and the student's a {kind}")
+    found = read_network(folder, key, kind, torch.float32).state_dict()
+    mine = {k: v.shape for k, v in own.items() if not k.startswith(f"{scalars.NAME}.")}
+    if mine != {k: v.shape for k, v in found.items()}:
+        raise ValueError(f"its {kind} differs from the student's in size")
+    if not read_meaning(folder / "scheduler", index["scheduler"][1], den.process, den.head):
+        raise ValueError(
+            f"its network was trained by another process or output than the teacher's, which are "
+            f"{den.process.name} and {den.head.name}"
+        )
+    return own | found

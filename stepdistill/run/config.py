@@ -114,8 +114,8 @@ def dump(model: BaseModel) -> str:
 
 
 def digest(model: BaseModel) -> str:
-    """Short hash of a resolved config."""
-    text = json.dumps(model.model_dump(mode="json"), sort_keys=True)
+    """Short hash of a resolved config; a key that is null is as one that is not there."""
+    text = json.dumps(model.model_dump(mode="json", exclude_none=True), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

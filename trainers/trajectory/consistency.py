@@ -134,7 +134,7 @@ class ConsistencyTrainer(Trainer):
     def beginning(self) -> tuple[Denoiser, bool]:
         """What the student begins as, and whether it is to be copied first."""
         if self.config.scratch:
-            return renewed(self.initial, self.config.seed), False
+            return renewed(self.initial, self.config), False
         return self.initial, True
 
     @property

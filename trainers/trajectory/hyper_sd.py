@@ -56,8 +56,8 @@ class HyperSDTrainer(SegmentsTrainer):
     its range of guidance and the strength of its noise perturbation are not published: the weight
     here is ours, the distance stays beside it, and states are not perturbed. Also here: each stage
     begins at the averaged weights, with the whole schedule of the learning rate and new heads. Its
-    human feedback and its one-step score part are left out. The fixed point is that of fixed ends
-    without a discriminator.
+    human feedback and its one-step score part are runs of their own, of ``dmd`` with ``terms`` and
+    ``student``. The fixed point is that of fixed ends without a discriminator.
     """
 
     Config = HyperSDConfig

@@ -115,7 +115,7 @@ class JumpTrainer(Trainer):
             )
         if c.scratch and c.velocity == "teacher":
             raise UserError("scratch: a teacher's flow begins as the teacher; set scratch=false")
-        first = renewed(self.initial, c.seed) if c.scratch else self.initial
+        first = renewed(self.initial, c) if c.scratch else self.initial
         own = told(first, "end", *self.told)
         self.add_player(
             "student", own, c.optim, ema=True, total=c.steps, copy=False, bare=self.through

@@ -56,7 +56,7 @@ class TLCMTrainer(SegmentsTrainer):
 
     Here: each stage has the whole schedule of the learning rate, and distances are the config's
     ``metric``, not latent LPIPS. Its stages C (rewards) and D (a distribution's gradient with a
-    discriminator) are left out: ``swiftbrush`` and ``dmd2`` are what trains an exported student so.
+    discriminator) are runs of their own, of ``dmd2`` with ``terms`` and ``student``.
     How MLCM itself goes on from segments to fewer steps is not verified.
     """
 

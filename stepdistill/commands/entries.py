@@ -1,0 +1,161 @@
+"""Who takes part in the benchmark of students: configs, by teacher, sampler steps and seed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from stepdistill.commands.demo import TEACHER
+from stepdistill.commands.read import read_config
+from stepdistill.run.assets import TEACHERS, load_teacher
+from stepdistill.run.config import CONFIGS, digest
+from stepdistill.run.errors import UserError, hint
+from stepdistill.trainers.find import methods
+from stepdistill.trainers.settings import TrainConfig
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One training of the benchmark.
+
+    Args:
+        config: name of the config, or its file.
+        teacher: name of the shipped teacher.
+        steps: sampler steps of its student.
+        seed: of the run.
+        keys: overrides by which the config takes part.
+        any_steps: whether one run serves every number of sampler steps.
+        settings: hash of what it trains with, but for seed and number of training steps.
+    """
+
+    config: str
+    teacher: str
+    steps: int
+    seed: int
+    keys: tuple[str, ...]
+    any_steps: bool
+    settings: str
+
+    @property
+    def stem(self) -> str:
+        """Name of its config, wherever the file is."""
+        return Path(self.config).stem
+
+    @property
+    def student(self) -> str:
+        """Name of what it trains: its config, and its teacher but for the first one."""
+        other = self.teacher != TEACHER
+        return self.stem + (f"-{self.teacher.removeprefix('digits-')}" if other else "")
+
+    @property
+    def plan(self) -> str:
+        """Name of its plan."""
+        return f"{self.student}{'' if self.any_steps else f'-k{self.steps}'}"
+
+    @property
+    def run(self) -> str:
+        """Name of its run."""
+        return f"{self.plan}-s{self.seed}-{self.settings}"
+
+    @property
+    def method(self) -> str:
+        """Name of its method in the table."""
+        return self.stem.removesuffix("-digits")
+
+    @property
+    def name(self) -> str:
+        """Name of its figures."""
+        return f"{self.student}-k{self.steps}-s{self.seed}"
+
+
+def entries_of(
+    names: Sequence[str] | None,
+    steps: Sequence[int],
+    seeds: str,
+    *,
+    teacher: str = TEACHER,
+    family: str | None = None,
+) -> list[Entry]:
+    """Every config with every number of steps that its student can have, and every seed.
+
+    Raises:
+        UserError: no such config, teacher or family, a named config whose student cannot have so
+            many steps, or bad seeds.
+    """
+    if teacher not in TEACHERS:
+        raise UserError(f"--teacher {teacher}: not shipped; {hint(teacher, TEACHERS)}")
+    found = []
+    for name in names or configs_of(family):
+        for number in steps:
+            try:
+                found.append(entry(name, teacher, number))
+            except UserError as error:
+                if names:
+                    raise UserError(f"--config {name}: {error}") from error
+    numbers = whole_numbers("--seeds", seeds, least=0)
+    return [replace(one, seed=seed) for seed in numbers for one in found]
+
+
+def whole_numbers(key: str, text: str, least: int = 1) -> list[int]:
+    """Numbers by commas, each once.
+
+    Raises:
+        UserError: one is no whole number, or too small.
+    """
+    try:
+        numbers = list(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError:
+        numbers = [least - 1]
+    if min(numbers) < least:
+        raise UserError(f"{key} {text}: write whole numbers from {least} on by commas, as 1,2,4")
+    return numbers
+
+
+def configs_of(family: str | None) -> list[str]:
+    """The installed configs of digits, of a family of methods or of all.
+
+    Raises:
+        UserError: no such family.
+    """
+    names = sorted(path.stem for path in CONFIGS.glob("*-digits.yaml"))
+    if family is None:
+        return names
+    families = {method.name: method.family for method in methods()}
+    if family not in families.values():
+        raise UserError(f"--family {family}: unknown; {hint(family, sorted({*families.values()}))}")
+    return [name for name in names if families[read_config(name)[1].method] == family]
+
+
+def entry(name: str, teacher: str, steps: int) -> Entry:
+    """A config as it takes part, with seed 0.
+
+    All learn the law of one teacher, unguided where the method does not insist.
+
+    Raises:
+        UserError: no such config, or one without a student of so many steps.
+    """
+    cls, config = read_config(name)
+    if not cls.shortens:
+        raise UserError(f"{config.method} makes no teacher faster")
+    keys = [f"teacher={teacher}"] if config.teacher != teacher else []
+    if config.guidance != 1:
+        plain = read_config(name, ["guidance=1"])[1]
+        insists = plain.guided or getattr(plain, "guides_fake", False)
+        keys += [] if insists else ["guidance=1"]
+    settings, found = trained(name, teacher, keys)
+    one_run = len(found) > 1 or "student_steps" not in cls.Config.model_fields
+    if not one_run:
+        keys += [f"student_steps={steps}"]
+        if steps not in found:
+            settings, found = trained(name, teacher, keys)
+    if steps not in found:
+        raise UserError(f"its student has no {steps} steps")
+    known = digest(settings)[:8]
+    return Entry(name, teacher, steps, 0, tuple(keys), any_steps=one_run, settings=known)
+
+
+def trained(name: str, teacher: str, keys: Sequence[str]) -> tuple[TrainConfig, list[int]]:
+    """A config's settings, and the numbers of steps that its student can sample in."""
+    cls, settings = read_config(name, [*keys, "seed=0", "steps=1000"])
+    return settings, list(cls(settings, load_teacher(teacher)).grids())

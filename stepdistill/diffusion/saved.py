@@ -1,0 +1,163 @@
+"""Pipelines as diffusers saves them: which network, classes, process and output a folder holds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from stepdistill.diffusion.heads import Head
+from stepdistill.diffusion.process import RF, VP, Process
+
+NETWORK_KEYS = ("transformer", "unet", "model")
+NEAR = 1e-3  # relative: numbers of a scheduler that are one and the same
+
+
+def pipeline_folder(source: str | Path) -> Path:
+    """A pipeline's folder; what is none is a name on the hub, from where it is downloaded."""
+    import diffusers
+
+    folder = Path(source)
+    return folder if folder.is_dir() else Path(diffusers.DiffusionPipeline.download(str(source)))
+
+
+def read_network(folder: Path, key: str, class_name: str, dtype: torch.dtype) -> nn.Module:
+    """The network of a pipeline's folder, which its index names by ``key``.
+
+    Raises:
+        ValueError: diffusers has no such class.
+    """
+    import diffusers
+
+    if not hasattr(diffusers, class_name):
+        raise ValueError(f"{folder}: diffusers has no network class {class_name}")
+    net: nn.Module = getattr(diffusers, class_name).from_pretrained(
+        folder, subfolder=key, torch_dtype=dtype, use_safetensors=True
+    )
+    return net
+
+
+def read_index(file: Path) -> tuple[dict[str, Any], str]:
+    """A pipeline's model_index.json, and the key of its network.
+
+    Raises:
+        ValueError: no such file, or a pipeline of a kind that is not known here.
+    """
+    if not file.is_file():
+        raise ValueError(f"{file.parent}: no model_index.json, so this is no diffusers pipeline")
+    index = json.loads(file.read_text(encoding="utf-8"))
+    held = {k for k, v in index.items() if isinstance(v, list) and len(v) == 2 and v[1]}
+    vae = next((k for k in ("vae", "vqvae") if k in held), None)
+    if vae is not None:
+        raise ValueError(f"{file}: a latent model ({vae}); only models of pixels are known so far")
+    key = next((k for k in NETWORK_KEYS if k in held), None)
+    if key is None:
+        raise ValueError(f"{file}: names none of the networks {', '.join(NETWORK_KEYS)}")
+    if f"{key}_2" in held:
+        raise ValueError(
+            f"{file}: several networks ({key}, {key}_2); save each as a pipeline of its own, to be "
+            "given as teacher and, where the method has it, teacher_low"
+        )
+    if "scheduler" not in held:
+        raise ValueError(f"{file}: names no scheduler, which tells how the network was trained")
+    return index, key
+
+
+def read_classes(index: dict[str, Any], rows: int, null: int | None) -> tuple[str, ...]:
+    """Names of the classes by label: those of the index, else numbers.
+
+    Args:
+        index: a pipeline's model_index.json; ``classes`` (a list, or name -> label) or diffusers'
+            ``id2label`` hold names.
+        rows: labels that the network knows; 0 if it takes none.
+        null: the label that means "no class".
+
+    Raises:
+        ValueError: names for other labels than 0, 1, ..., or for more than the network knows.
+    """
+    count = rows - (null is not None and null == rows - 1)
+    given = index.get("classes") or index.get("id2label")
+    if rows == 0 or not given:
+        return tuple(map(str, range(count)))
+    if not isinstance(given, dict):
+        names = dict(enumerate(given))
+    elif index.get("classes"):
+        names = {int(label): name for name, label in given.items()}
+    else:
+        names = {int(label): name for label, name in given.items()}
+    if sorted(names) != list(range(len(names))) or len(names) > count:
+        raise ValueError(f"model_index.json: {len(names)} class names for {count} labels")
+    texts = [str(names[label]) for label in range(len(names))]
+    return tuple(f"{t} ({k})" if texts.count(t) > 1 else t for k, t in enumerate(texts))
+
+
+def read_scheduler(folder: Path, class_name: str) -> tuple[Process, str]:
+    """Process and head name of a saved diffusers scheduler.
+
+    Raises:
+        ValueError: a scheduler whose process is not one of those known here.
+    """
+    import diffusers
+
+    config = json.loads((folder / "scheduler_config.json").read_text())
+    if class_name.startswith("FlowMatch"):
+        return RF(float(config.get("shift", 1.0))), "velocity"
+    heads = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
+    scheduler_class = getattr(diffusers, class_name, None)
+    if scheduler_class is None or config.get("prediction_type", "epsilon") not in heads:
+        raise ValueError(
+            f"{folder}: cannot read a process from {class_name}; known are FlowMatch schedulers "
+            f"and those with alphas_cumprod and prediction_type {', '.join(heads)}"
+        )
+    table = getattr(scheduler_class.from_config(config), "alphas_cumprod", None)
+    if table is None:
+        raise ValueError(f"{folder}: {class_name} has no alphas_cumprod to read a process from")
+    return VP(table), heads[config.get("prediction_type", "epsilon")]
+
+
+def read_meaning(folder: Path, class_name: str, process: Process, head: Head) -> bool:
+    """Whether a saved scheduler, of steps that are spelt out or not, is of a process and output.
+
+    Raises:
+        ValueError: a scheduler that is not known here.
+    """
+    config = json.loads((folder / "scheduler_config.json").read_text(encoding="utf-8"))
+    if class_name != "LiteralGridScheduler":
+        found, name = read_scheduler(folder, class_name)
+        t = torch.linspace(0.02, 0.98, 25)
+        return name == head.name and all(
+            torch.allclose(one, other, rtol=NEAR, atol=NEAR)
+            for one, other in zip(_told(found, t), _told(process, t), strict=True)
+        )
+    rows = [row for grid in config["grids"].values() for row in grid]
+    t = torch.stack([time_told(process, float(row["time"])) for row in rows])
+    c = process.coefs(t)
+    a, b, _ = head.weights(c, process.sigma_data)
+    mine = {"alpha": c.alpha, "sigma": c.sigma, "a": a, "b": b}
+    mine["scale"] = process.scale_input(torch.ones_like(t), t)
+    return all(
+        torch.allclose(
+            torch.tensor([float(row[key]) for row in rows]), value.expand(len(rows)), NEAR, NEAR
+        )
+        for key, value in mine.items()
+    )
+
+
+def _told(process: Process, u: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What a network is told and fed at even times between the ends of a process."""
+    t = process.t_min + u * (process.t_max - process.t_min)
+    c = process.coefs(t)
+    return c.alpha, c.sigma, process.network_time(t)
+
+
+def time_told(process: Process, number: float) -> torch.Tensor:
+    """The time that a network is told as a number, by bisection; an end, where there is none."""
+    low, high = torch.tensor(process.t_min), torch.tensor(process.t_max)
+    for _ in range(60):
+        middle = (low + high) / 2
+        below = bool(process.network_time(middle) < number)
+        low, high = (middle, high) if below else (low, middle)
+    return high

@@ -31,7 +31,7 @@ from stepdistill.trainers.base import Trainer
 from stepdistill.trainers.find import trainer
 from stepdistill.trainers.solvers import Asked, Dpm, Euler, Heun, Sde, Walk
 from stepdistill.trainers.trajectory.rival import lifted
-from tests.helpers import batch_of, make, mlp_teacher, run, same, saved
+from tests.helpers import batch_of, dit_teacher, make, mlp_teacher, run, same, saved
 from tests.test_times_and_segments import Jumper, euler
 from tests.test_times_and_segments import oracle as flow
 from tests.test_times_and_segments import walked as along
@@ -373,6 +373,31 @@ def test_hyper_sd_s_random_ends_lie_between_the_segment_s_end_and_r() -> None:
     part = ((end - low) / (r - low))[r - low > 1e-3]
     assert float(part.mean()) == pytest.approx(0.5, abs=0.02)
     assert float(part.var()) == pytest.approx(1 / 12, abs=0.005)
+
+
+def test_hyper_sd_tells_its_network_the_end_where_it_can() -> None:
+    """Ends are times of the pairs' grid, within the segment; the sampler tells the next one."""
+    told = {"end": "told", "pairs": {"kind": "grid", "steps": 16}, "adversary": None}
+    made = make("hyper_sd", dit_teacher(), batch_size=4096, **told)
+    batch, rng = made.batch(0), Rng(0).at(0)
+    t, r = made.times(batch, rng)
+    end, grid = made.ends(t, r, batch, rng), made.span.grid(16)
+    assert bool(((end <= r) & (end >= made.end(t)) & torch.isin(end, grid)).all())
+    assert len(end[t == grid[0]].unique()) > 1  # not the segment's own end alone
+    assert made.noise == "predicted" and made.denoiser("student").ends
+    assert made.target_net is not None and made.target_net.ends and not made.teacher.ends
+
+
+@pytest.mark.parametrize(
+    ("keys", "line"),
+    [
+        ({"lora": {"rank": 2}}, "^lora: adapters share the teacher's network, which is told no"),
+        ({"pairs": {"kind": "ect"}}, "^end: told ends are times of a grid; set pairs.kind to grid"),
+    ],
+)
+def test_hyper_sd_refuses_ends_that_cannot_be_told(keys, line) -> None:
+    with pytest.raises(UserError, match=line):
+        make("hyper_sd", dit_teacher(), **{"end": "told", **keys})
 
 
 def test_hyper_sd_s_optimum_depends_on_the_end_that_the_network_is_not_told() -> None:

@@ -33,7 +33,7 @@ class FixedPoint:
             where the student's step from that time leads. The student inherits the bias of these
             steps, whole.
         solver: of the walk; of one that draws noise, the mean.
-        ends: the student is told where a step ends, and lands where a fine walk by the solver does.
+        ends: the student is told where a step ends, and lands where that walk passes by.
         straight: the student's own paths are straight: one step lands where many do.
         smooth: the student is compared by derivatives in time, or at all times at once, so that
             the small student of a proof is smooth in time.

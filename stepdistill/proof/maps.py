@@ -9,7 +9,7 @@ from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.diffusion.guidance import guided
 from stepdistill.diffusion.sampler import first_state, full, move
-from stepdistill.diffusion.timesteps import Grid, grid_between
+from stepdistill.diffusion.timesteps import Grid
 from stepdistill.losses.consistency import landing_estimate
 from stepdistill.oracles.mixture import Mixture
 from stepdistill.proof import measure
@@ -27,7 +27,7 @@ from stepdistill.proof.rows import (
 from stepdistill.proof.trial import Trial
 from stepdistill.trainers.solvers import Asked
 
-WALKED = 128  # steps of the walk to where a student is told that its own step ends
+NEAR = 1e-6  # times that are one and the same
 
 
 class Ideal(Denoiser):
@@ -60,7 +60,8 @@ class Ideal(Denoiser):
         assert trial.point.follow is not None
         times = trial.point.follow(float(t[0]))
         if cond.end is not None:
-            times = grid_between(float(t[0]), float(cond.end[0]), WALKED, self.process)
+            last = float(cond.end[0])
+            times = (*(time for time in times if time > last + NEAR), last)
         end = walk(trial, x_t, times, cond)
         if times[-1] == 0:
             return end

@@ -3,11 +3,13 @@
 The path is cut into segments, in each of which the student's jumps agree along the teacher's path.
 From stage to stage two segments become one; in the last stages a discriminator tells the jumps from
 those that they are pulled to. The student of the last stage takes as many steps as it has segments
-or, with one, any few: each predicts the clean image, which is noised to the next time.
+or, with one, any few: each predicts the clean image, which is noised to the next time, or, told of
+this time, leads there.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
@@ -15,10 +17,12 @@ from pydantic import Field
 from torch import Tensor
 
 from stepdistill.data.batch import Batch
+from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.run.errors import UserError
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Pass, Turn
-from stepdistill.trainers.fixed_point import Proof
+from stepdistill.trainers.beginning import told
+from stepdistill.trainers.fixed_point import FixedPoint, Proof
 from stepdistill.trainers.score.opponent import DiscriminatorOptim, TeacherConfig
 from stepdistill.trainers.trajectory.rival import Rival
 from stepdistill.trainers.trajectory.segments import SegmentsConfig, SegmentsTrainer
@@ -29,10 +33,11 @@ class HyperSDConfig(SegmentsConfig):
 
     first: int = Field(8, ge=1, description="segments of the first stage; halved stage by stage")
     student_steps: int = Field(1, ge=1, description="segments of the last stage")
-    end: Literal["fixed", "random"] = Field(
+    end: Literal["fixed", "random", "told"] = Field(
         "fixed",
-        description="where jumps lead: to their segment's lower end, or anywhere from there to r; "
-        "a network that is not told where learns a compromise of all random ends",
+        description="where jumps lead: to their segment's lower end; or anywhere from there to r, "
+        "of which a network that is not told learns a compromise; or to any of the pairs' times "
+        "between, which the network is told",
     )
     target: Literal["stop_gradient", "ema"] = Field(
         "ema", description="whose estimate at r is the target"
@@ -52,12 +57,13 @@ class HyperSDConfig(SegmentsConfig):
 class HyperSDTrainer(SegmentsTrainer):
     """Trajectory-segmented consistency of Hyper-SD (Ren et al. 2024), spec M7, in equal stages.
 
-    The paper's jumps have random ends (``end: random``). Its weights of distance and discriminator,
+    The paper's jumps have random ends (``end: random``); where the network is told them (``end:
+    told``) steps lead to wherever the sampler goes next. Its weights of distance and discriminator,
     its range of guidance and the strength of its noise perturbation are not published: the weight
     here is ours, the distance stays beside it, and states are not perturbed. Also here: each stage
     begins at the averaged weights, with the whole schedule of the learning rate and new heads. Its
     human feedback and its one-step score part are runs of their own, of ``dmd`` with ``terms`` and
-    ``student``. The fixed point is that of fixed ends without a discriminator.
+    ``student``. The fixed point is that without a discriminator, and of fixed or told ends.
     """
 
     Config = HyperSDConfig
@@ -76,14 +82,20 @@ class HyperSDTrainer(SegmentsTrainer):
             | {"metric": "l2", "adversary": None},
             effort=2.0,
         ),
+        "told ends": Proof(
+            ("gaussian",),
+            {"first": 2, "end": "told", "pairs": {"kind": "grid", "steps": 8}, "metric": "l2"}
+            | {"adversary": None},
+            effort=2.0,
+        ),
     }
 
     def setup(self) -> None:
         """See :meth:`SegmentsTrainer.setup`; the first stage.
 
         Raises:
-            UserError: numbers of segments of which one is not a power of two times the other, or
-                fewer training steps than stages.
+            UserError: numbers of segments of which one is not a power of two times the other,
+                fewer training steps than stages, or ends to be told of pairs on no grid.
         """
         c = self.config
         super().setup()
@@ -99,11 +111,36 @@ class HyperSDTrainer(SegmentsTrainer):
                 f"steps={c.steps} leaves one of {self.count} stages without a step; give more"
             )
         self.fit("first", c.first)
+        table = c.pairs.grid(self.span)
+        if c.end == "told" and table is None:
+            raise UserError("end: told ends are times of a grid; set pairs.kind to grid")
+        self.table = table
         if c.student_steps == 1:  # fixed jumps of the last stage end at the clean image
-            self.noise = "fresh"
+            self.noise = "predicted" if c.end == "told" else "fresh"
             self.sizes = tuple(c.first >> k for k in reversed(range(self.count)))
         self.length = c.steps // self.count  # the last stage has what is left
         self._begin()
+
+    def beginning(self) -> tuple[Denoiser, bool]:
+        """See :meth:`ConsistencyTrainer.beginning`; a network that is told where jumps end.
+
+        Raises:
+            UserError: ends to be told to adapters.
+        """
+        first, copy = super().beginning()
+        if self.config.end != "told":
+            return first, copy
+        if self.config.lora is not None:
+            raise UserError(
+                "lora: adapters share the teacher's network, which is told no end of a step; set "
+                "end=fixed or lora=null"
+            )
+        return told(first, "end"), False
+
+    @property
+    def fixed_point(self) -> FixedPoint:
+        """See :attr:`ConsistencyTrainer.fixed_point`; told ends are where the chain passes by."""
+        return replace(super().fixed_point, ends=self.config.end == "told")
 
     @property
     def segments(self) -> int:
@@ -136,13 +173,23 @@ class HyperSDTrainer(SegmentsTrainer):
         return [Turn("student", self.loss), *([self.rival.turn] if self.rival else [])]
 
     def ends(self, t: Tensor, r: Tensor, batch: Batch, rng: Rng) -> Tensor:
-        """See :meth:`ConsistencyTrainer.ends`; a random end is even in progress."""
+        """See :meth:`ConsistencyTrainer.ends`; a random end is even in progress, a told one on the
+        pairs' grid."""
         end = self.end(t)
         if self.config.end == "fixed":
             return end
         low, high = self.process.unwarp(end), self.process.unwarp(r)
         drawn = self.process.warp(low + rng.uniform("end", batch.index) * (high - low))
-        return torch.minimum(drawn, r)
+        if self.config.end == "told":
+            assert self.table is not None
+            drawn = self.table[(self.table - drawn[:, None]).abs().argmin(dim=1)]
+        return torch.minimum(torch.maximum(drawn, end), r)
+
+    def jump(self, den: Denoiser, x_t: Tensor, t: Tensor, end: Tensor, batch: Batch) -> Tensor:
+        """See :meth:`ConsistencyTrainer.jump`; the network is told the end where it can be."""
+        if self.config.end == "told":
+            batch = replace(batch, cond=batch.cond.ending(end))
+        return super().jump(den, x_t, t, end, batch)
 
     def beside(
         self, estimate: Tensor, target: Tensor, end: Tensor, batch: Batch, rng: Rng

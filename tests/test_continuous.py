@@ -298,7 +298,7 @@ def test_rcm_pulls_a_student_of_another_spread_towards_the_teacher_s(std, monkey
 
 def test_rcm_learns_alone_at_first_and_is_scm_then() -> None:
     """Without its pull the student's weights are sCM's, bit for bit."""
-    keys = {"adaptive": False, "steps": 6}
+    keys = {"adaptive": False, "steps": 6, "t": {"kind": "uniform"}}
     made = make("scm", mlp_teacher(), **keys)
     other = make("rcm", mlp_teacher(), alone=4, **keys)
     assert [len(other.turns(step)) for step in (0, 3, 4)] == [1, 1, 5]

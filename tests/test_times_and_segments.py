@@ -181,7 +181,7 @@ def test_segments_rest_at_euler_s_product_within_each(segments) -> None:
 
 def test_one_segment_is_consistency_bit_for_bit() -> None:
     ends = []
-    for method, keys in (("consistency", {}), ("pcm", {"student_steps": 1})):
+    for method, keys in (("consistency", {"weight": "one"}), ("pcm", {"student_steps": 1})):
         made = make(method, mlp_teacher(), pairs={"kind": "grid", "steps": 6}, **keys)
         run(made, 0, 4)
         ends.append(made.players["student"].params)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -93,6 +94,7 @@ def entries_of(
             except UserError as error:
                 if names:
                     raise UserError(f"--config {name}: {error}") from error
+                print(f"{name} in {number} steps is left out: {error}", file=sys.stderr)
     numbers = whole_numbers("--seeds", seeds, least=0)
     return [replace(one, seed=seed) for seed in numbers for one in found]
 

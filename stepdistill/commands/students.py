@@ -34,7 +34,8 @@ from stepdistill.run.errors import CheckFailed, UserError
 from stepdistill.run.files import write_text
 
 TEACHER_STEPS = (1, 2, 4, 8, 32)
-WARM, TIMED = 4, 10
+WARM, TIMED = 2, 6
+PARTS = 0.125, 0.375, 0.625, 0.875  # of a run whose steps are timed: stages may differ
 
 
 class Plan(BaseModel):
@@ -243,23 +244,25 @@ def read_record(file: Path, seconds: float, num: int) -> Record:
 
 
 def plan_steps(config: str, seconds: float, file: Path, keys: Sequence[str]) -> None:
-    """Write how many training steps fit into a budget, by the median of a few."""
+    """Write how many training steps fit into a budget, by the medians of a few in all parts."""
     torch.set_num_threads(1)
     with TemporaryDirectory() as folder:
         own = [f"run={folder}/run", "log.tensorboard=false"]
         cls, settings = read_config(config, [*keys, *own])
         with job(settings) as (processes, net):
             trainer = cls(settings, net, wrap=processes.wrap, autocast=processes.autocast)
-            last = settings.steps - WARM - TIMED  # late: every player trains then
             batches = Source(trainer, processes, Watch(settings)).batches(0)
-            times = []
-            for step in range(max(0, last), max(0, last) + WARM + TIMED):
-                trainer.prepare(step)
-                began = _clock()
-                trainer.step(step, next(batches))
-                times.append(_clock() - began)
-    even, odd = (statistics.median(times[WARM + k :: 2]) for k in (0, 1))  # steps may alternate
-    each = (even + odd) / 2
+            found_at = []
+            for part in PARTS:
+                first, times = int(part * max(0, settings.steps - WARM - TIMED)), []
+                for step in range(first, first + WARM + TIMED):
+                    trainer.prepare(step)
+                    began = _clock()
+                    trainer.step(step, next(batches))
+                    times.append(_clock() - began)
+                even, odd = (statistics.median(times[WARM + k :: 2]) for k in (0, 1))
+                found_at.append((even + odd) / 2)  # steps may alternate
+    each = statistics.fmean(found_at)
     found = {"steps": max(1, round(seconds / each)), "seconds_a_step": each}
     file.parent.mkdir(parents=True, exist_ok=True)
     write_text(file, json.dumps(found) + "\n")

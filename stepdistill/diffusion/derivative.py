@@ -45,7 +45,8 @@ def along(
 
     The network is called itself and not by its wrapper, in fp32 also within autocast, and nothing
     here has a graph. Forward mode is one call, see :func:`slope`; the difference is two, of first
-    order in its step, the central one three, of second order but at the ends of time. Semi is
+    order in its step and 0 at the first of times, the central one three, of second order but at the
+    ends of time. Semi is
     forward mode in the state and a difference in time alone, for networks whose time cannot be
     differentiated or turns fast (rCM, spec 1.10).
 
@@ -66,19 +67,21 @@ def along(
     def at(state: Tensor, time: Tensor) -> Tensor:
         return view(den(state, time, cond))
 
-    x_t, t, velocity = x_t.float(), t.float(), velocity.float()
+    x_t, velocity = x_t.float(), velocity.float()
+    t = t.float().clamp_min(den.process.t_min)
     if way == "jvp":
         return slope(den, x_t, t, cond, view, d_x=velocity, d_t=torch.ones_like(t))
     with _bare(den), torch.autocast(x_t.device.type, enabled=False):
         room = t if cond.end is None else t - cond.end
         before = (t - room.clamp_max(step)).clamp_min(den.process.t_min)
         wide = expand((t - before).clamp_min(1e-6), x_t)
+        left = expand(before < t, x_t)  # of time, to step back in
         if way == "semi":
             value, moved = slope(den, x_t, t, cond, view, d_x=velocity)
-            return value, moved + (value - at(x_t, before)) / wide
+            return value, moved + torch.where(left, (value - at(x_t, before)) / wide, 0)
         value, back = at(x_t, t), at(x_t - wide * velocity, before)
         if way == "difference":
-            return value, (value - back) / wide
+            return value, torch.where(left, (value - back) / wide, 0)
         after = (t + step).clamp_max(den.process.t_max)
         on = expand(after - t, x_t)
         return value, (at(x_t + on * velocity, after) - back) / (on + wide)

@@ -40,5 +40,6 @@ def hint(name: str, known: Iterable[str], otherwise: str = "known are") -> str:
         otherwise: what the list of all begins with.
     """
     names = list(known)
-    near = difflib.get_close_matches(name, names, 1)
+    near = difflib.get_close_matches(name, names, 3)
+    near.sort(key=lambda known: not name.startswith(known))  # a letter too many, as often
     return f"did you mean {near[0]}?" if near else f"{otherwise} {', '.join(names)}"

@@ -109,7 +109,8 @@ class ConsistencyTrainer(Trainer):
         """The student, and an average of it as the target where one is asked for.
 
         Raises:
-            UserError: guidance without a teacher's step, or a beginning that is not to be had.
+            UserError: guidance without a teacher's step, a beginning that is not to be had, or
+                random steps from where they forget all.
         """
         c = self.config
         if isinstance(c.solver, Data) and c.guided:
@@ -121,6 +122,14 @@ class ConsistencyTrainer(Trainer):
             raise UserError(
                 "lora: adapters change a trained network; set scratch=false or lora=null"
             )
+        top = self.process.coefs(torch.tensor([self.top])).alpha
+        if isinstance(c.solver, Walk) and c.solver.random and float(top) == 0:
+            raise UserError(
+                "solver: a random step from pure noise keeps nothing of it, so that one step would "
+                "draw the mean; set start=0.97, or eta=0"
+            )
+        if c.pairs.staged:
+            self.kept = ("steps",)
         first, copy = self.beginning()
         self.add_player("student", first, c.optim, ema=True, total=c.steps, copy=copy)
         self.target_net: Denoiser | None = None

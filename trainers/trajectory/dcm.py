@@ -19,13 +19,10 @@ from stepdistill.diffusion.denoiser import Denoiser, Experts
 from stepdistill.diffusion.timesteps import Grid
 from stepdistill.losses.consistency import frame_gap
 from stepdistill.run.errors import UserError
-from stepdistill.run.plug import Plugged
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Pass, Turn
 from stepdistill.trainers.fixed_point import Proof
 from stepdistill.trainers.score.opponent import DiscriminatorOptim, TeacherConfig
-from stepdistill.trainers.trajectory.pairs import Grid as GridPairs
-from stepdistill.trainers.trajectory.pairs import Pairs
 from stepdistill.trainers.trajectory.pcm import NEAR
 from stepdistill.trainers.trajectory.rival import Rival
 from stepdistill.trainers.trajectory.segments import SegmentsConfig, SegmentsTrainer
@@ -37,11 +34,11 @@ class DCMConfig(SegmentsConfig):
     """Settings of ``dcm``."""
 
     student_steps: Literal[2] = Field(2, description="steps of the student: one an expert")
-    pairs: Plugged[Pairs] = Field(
-        default_factory=GridPairs, description="which times are compared; they lie on a grid"
-    )
-    boundary: float = Field(
-        0.5, gt=0, description="time of the border between the experts, one of the pairs' grid"
+    boundary: float | None = Field(
+        None,
+        gt=0,
+        description="time of the border between the experts, one of the pairs' grid; null: that in "
+        "the middle of the grid",
     )
     semantic_share: float = Field(
         0.6, gt=0, lt=1, description="share of the steps that train the semantic expert, the first"
@@ -94,15 +91,8 @@ class DCMTrainer(SegmentsTrainer):
         self.table = c.pairs.grid(self.span)
         if self.table is None:
             raise UserError("pairs: experts learn at the times of a grid; set pairs.kind to grid")
-        inner = self.table[1:-1]
-        place = int((inner - c.boundary).abs().argmin()) if len(inner) else -1
-        if place < 0 or abs(float(inner[place]) - c.boundary) > NEAR * c.boundary:
-            near = f"{float(inner[place]):.6g}" if place >= 0 else "a time of more pairs.steps"
-            raise UserError(
-                f"boundary={c.boundary:g} is none of the times that pairs compare; set it to "
-                f"{near}, the nearest"
-            )
-        self.place = place + 1
+        self.place = self.placed(self.table, c.boundary)
+        self.boundary = float(self.table[self.place])
         self.milestones = self.table[[0, self.place, -1]]
         self.partners = torch.tensor(
             [c.pairs.chain(float(t), self.span)[1] for t in self.table[:-1]], device=self.device
@@ -117,6 +107,25 @@ class DCMTrainer(SegmentsTrainer):
         self.rival: Rival | None = None
         self._check_frames()
 
+    def placed(self, table: Tensor, boundary: float | None) -> int:
+        """The place of the border in the pairs' grid.
+
+        Raises:
+            UserError: it has none.
+        """
+        inner = table[1:-1]
+        if not len(inner):
+            raise UserError("pairs: a grid of one interval has no place for a border; give more")
+        if boundary is None:
+            return len(table) // 2
+        place = int((inner - boundary).abs().argmin())
+        if abs(float(inner[place]) - boundary) > NEAR * boundary:
+            raise UserError(
+                f"boundary={boundary:g} is none of the times that pairs compare; set it to "
+                f"{float(inner[place]):.6g}, the nearest, or to null"
+            )
+        return place + 1
+
     def fit(self, key: str, segments: int) -> None:
         """See :meth:`PCMTrainer.fit`; the border need not be half way."""
 
@@ -130,7 +139,7 @@ class DCMTrainer(SegmentsTrainer):
 
     def grids(self) -> dict[int, Grid]:
         """Two steps: to the border, and from there."""
-        return {2: (self.top, self.config.boundary, 0.0)}
+        return {2: (self.top, self.boundary, 0.0)}
 
     def prepare(self, step: int) -> None:
         """See :meth:`Trainer.prepare`: the detail expert begins as the semantic one ends."""
@@ -154,7 +163,7 @@ class DCMTrainer(SegmentsTrainer):
     def best(self) -> Denoiser | Experts:
         """Both experts; levels whose expert is still to come are the teacher's."""
         low: Denoiser = self.players[DETAIL].best if self.phase else self.teacher
-        return Experts([self.players[SEMANTIC].best, low], [self.config.boundary])
+        return Experts([self.players[SEMANTIC].best, low], [self.boundary])
 
     def turns(self, step: int) -> list[Turn]:
         """The expert in training, then the detail expert's discriminator."""

@@ -83,7 +83,7 @@ class FlowMapTrainer(JumpTrainer):
             UserError: nothing would tell the student the field, or settings that have no effect.
         """
         c = self.config
-        if not c.diagonal and (c.velocity == "data" or c.form.startswith("psd")):
+        if c.diagonal == 0 and (c.velocity == "data" or c.form.startswith("psd")):
             raise UserError(
                 "diagonal: without steps of no length nothing tells this student the field; set "
                 "diagonal=0.75"

@@ -41,8 +41,12 @@ class JumpConfig(TrainConfig):
         default_factory=Uniform,
         description="density of which two times are drawn: the noisier one begins a step",
     )
-    diagonal: float = Field(
-        0.75, ge=0, le=1, description="share of samples whose step has no length: the field itself"
+    diagonal: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="share of samples whose step has no length, the field itself; null: 0.25 of a "
+        "teacher's, as which the student begins, 0.75 of data",
     )
     derivative: Way = Field(
         "jvp",
@@ -127,6 +131,12 @@ class JumpTrainer(Trainer):
         return False
 
     @property
+    def resting(self) -> float:
+        """Share of samples whose step has no length."""
+        own, taught = self.config.diagonal, self.config.velocity == "teacher"
+        return own if own is not None else 0.25 if taught else 0.75
+
+    @property
     def student(self) -> Denoiser:
         """The network in training."""
         return self.denoiser("student")
@@ -144,7 +154,7 @@ class JumpTrainer(Trainer):
         """Two times a sample, the noisier one the image's own, and the same twice for a share."""
         assert batch.x is not None
         one, two = (self.drawn(self.config.t, rng.uniform(k, batch.index)) for k in ("t", "r"))
-        same = rng.uniform("diagonal", batch.index) < self.config.diagonal
+        same = rng.uniform("diagonal", batch.index) < self.resting
         t = torch.where(same, one, torch.maximum(one, two))
         r = torch.where(same, one, torch.minimum(one, two))
         z = self.z(batch, rng)

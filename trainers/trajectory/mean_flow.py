@@ -27,6 +27,7 @@ from stepdistill.trainers.fixed_point import STEADY, Proof
 from stepdistill.trainers.trajectory.jumps import CORNERS, Draw, JumpConfig, JumpTrainer
 
 Share = Annotated[float, Field(ge=0, le=1)]
+GUIDING = ("kappa", "guided_times", "label_drop")  # keys of a student that guides itself
 
 
 class MeanFlowConfig(JumpConfig):
@@ -77,11 +78,18 @@ class MeanFlowTrainer(JumpTrainer):
         """See :meth:`JumpTrainer.setup`.
 
         Raises:
-            UserError: times in the wrong order.
+            UserError: times in the wrong order, or settings that have no effect.
         """
         low, high = self.config.guided_times
         if low > high:
             raise UserError("guided_times: the first must not be above the second")
+        fields = MeanFlowConfig.model_fields
+        idle = [key for key in GUIDING if getattr(self.config, key) != fields[key].default]
+        if idle and not self.mixes:
+            raise UserError(
+                f"{idle[0]}: is of students that guide themselves; set velocity=data and a "
+                "guidance other than 1, or leave it out"
+            )
         super().setup()
 
     @property

@@ -17,7 +17,7 @@ from pydantic_core import PydanticCustomError
 from torch import Tensor
 
 from stepdistill.diffusion.process import Process
-from stepdistill.diffusion.timesteps import Density, LogitNormal, nearest, uniform_grid
+from stepdistill.diffusion.timesteps import Density, LogitNormal, Uniform, nearest, uniform_grid
 from stepdistill.losses.consistency import ect_partner
 from stepdistill.run.plug import Plug
 from stepdistill.run.rng import Rng
@@ -74,14 +74,27 @@ class Pairs(Plug):
         """The times that are compared at the end of the run; None where it is any."""
         return None
 
+    @property
+    def staged(self) -> bool:
+        """Whether stages are parts of the run, so that it cannot go on to other ``steps``."""
+        return False
+
 
 class Ect(Pairs):
-    """Pairs r = t (1 - q^-(stage + 1)), whose gap shrinks from stage to stage (ECT)."""
+    """Pairs r = t (1 - q^-(stage + 1)), whose gap shrinks from stage to stage (ECT).
+
+    Here of the process's own time, which for flows is not that of the paper's noise levels.
+    """
 
     q: float = Field(2.0, gt=1, description="base of the gap")
     stages: int = Field(8, ge=1, description="stages of equal length over the run")
     first: int = Field(0, ge=0, description="number of the first stage")
-    t: Density = Field(default_factory=LogitNormal, description="density of t")
+    t: Density = Field(default_factory=Uniform, description="density of t")
+
+    @property
+    def staged(self) -> bool:
+        """See :attr:`Pairs.staged`."""
+        return self.stages > 1
 
     def draw(self, rng: Rng, index: Tensor, span: Span) -> tuple[Tensor, Tensor]:
         """See :meth:`Pairs.draw`."""
@@ -145,6 +158,11 @@ class Doubling(Pairs):
         if last < info.data.get("first", 1):
             raise PydanticCustomError("order", f"must not be below first={info.data['first']}")
         return last
+
+    @property
+    def staged(self) -> bool:
+        """See :attr:`Pairs.staged`."""
+        return self.last > self.first
 
     def intervals(self, step: int, steps: int) -> int:
         """Intervals of the grid at a step of a run of so many."""

@@ -16,11 +16,14 @@ from torch import Tensor
 from stepdistill.data.batch import Batch
 from stepdistill.diffusion.denoiser import Prediction
 from stepdistill.diffusion.sampler import NoiseSource
-from stepdistill.diffusion.timesteps import Grid
+from stepdistill.diffusion.timesteps import Grid as Times
+from stepdistill.losses.consistency import Weight
 from stepdistill.run.errors import UserError
+from stepdistill.run.plug import Plugged
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.fixed_point import Proof
 from stepdistill.trainers.trajectory.consistency import ConsistencyConfig, ConsistencyTrainer
+from stepdistill.trainers.trajectory.pairs import Grid, Pairs
 
 NEAR = 1e-6  # relative: times that are one and the same
 
@@ -28,6 +31,10 @@ NEAR = 1e-6  # relative: times that are one and the same
 class PCMConfig(ConsistencyConfig):
     """Settings of ``pcm``."""
 
+    pairs: Plugged[Pairs] = Field(
+        default_factory=Grid, description="which times are compared; a grid that holds all borders"
+    )
+    weight: Weight = Field("one", description="one, or 1 / (t - r)")
     student_steps: int = Field(4, ge=1, description="segments, and steps of the student")
 
 
@@ -92,7 +99,7 @@ class PCMTrainer(ConsistencyTrainer):
         end = self.end(t)
         return t, torch.where(r > end * (1 + NEAR), r, end)
 
-    def chain(self, t: float) -> Grid:
+    def chain(self, t: float) -> Times:
         """Times from t to the end of its segment, each the partner of the one before."""
         end = float(self.end(torch.tensor([t], device=self.device)))
         inside = [time for time in super().chain(t) if time > end * (1 + NEAR) or time == t]

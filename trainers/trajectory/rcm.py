@@ -36,6 +36,9 @@ LEAST = 1e-5  # of the pull's normaliser
 class RCMConfig(SCMConfig):
     """Settings of ``rcm``."""
 
+    t: Density = Field(
+        default_factory=lambda: LogitNormal(mean=-0.8, std=1.6), description="density of times"
+    )
     adaptive: bool = Field(False, description="weigh times by a learned function of theirs")
     critic: CriticOptim = Field(
         default_factory=CriticOptim, description="the fake score's optimizer"

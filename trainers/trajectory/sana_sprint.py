@@ -29,7 +29,7 @@ class SprintOpponent(TeacherConfig):
     """The discriminator of ``sana_sprint``."""
 
     t: Density = Field(
-        default_factory=lambda: LogitNormal(mean=-0.6, std=1.0),
+        default_factory=lambda: LogitNormal(mean=0.093, std=1.0),
         description="times to which samples and data are noised before they are told apart",
     )
     student: float = Field(0.5, ge=0, description="weight in the student's loss")
@@ -39,7 +39,7 @@ class SanaSprintConfig(SCMConfig):
     """Settings of ``sana_sprint``."""
 
     t: Density = Field(
-        default_factory=lambda: LogitNormal(mean=0.2, std=1.6), description="density of times"
+        default_factory=lambda: LogitNormal(mean=0.893, std=1.6), description="density of times"
     )
     adversary: SprintOpponent = Field(
         default_factory=SprintOpponent, description="the discriminator, which reads the teacher"
@@ -59,7 +59,8 @@ class SanaSprintTrainer(SCMTrainer):
     """SANA-Sprint (Chen et al. 2025), spec M10, after its published code.
 
     Here: times have no weight but the learned one; student and discriminator take turns within a
-    step; data under wrong classes are drawn, not shifted; guidance is one scale, which the
+    step; the densities' means are 0.2 and -0.6 plus ln 2, since theirs are of data and noise in
+    units of 0.5; data under wrong classes are drawn, not shifted; guidance is one scale, which the
     student is not told; the tangent is taken in the teacher's own process, with no conversion, and
     the network is left as it is (its authors first tune it for normed queries and keys).
     """

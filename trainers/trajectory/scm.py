@@ -7,6 +7,7 @@ is no step whose size would matter.
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar, Literal
 
 import torch
@@ -30,7 +31,7 @@ from stepdistill.trainers.fixed_point import STEADY, FixedPoint, Proof, followed
 from stepdistill.trainers.settings import TrainConfig
 
 CALM = STEADY | {"lr": 3e-3}
-UNIFORM = {"t": {"kind": "uniform"}}
+UNIFORM = {"t": {"kind": "uniform"}, "derivative": "jvp", "warmup": 0}
 PLAIN = {"normal": "none", "adaptive": False}
 """In one dimension a normalised tangent is a sign."""
 OCTAVES = 4  # of the angle's waves, in the loss's own weight
@@ -46,10 +47,16 @@ class SCMConfig(TrainConfig):
         "teacher", description="the path: the teacher's flow (sCD), or image to noise (sCT)"
     )
     sigma_data: float | None = Field(
-        None, gt=0, description="the data's standard deviation; null: as the process has it"
+        None,
+        gt=0,
+        description="the data's standard deviation; null: 0.5, as of pixels, or as the process has "
+        "it; latents scaled to unit variance have 1",
     )
-    warmup: int = Field(
-        0, ge=0, description="steps over which the derivative grows to its whole weight"
+    warmup: int | None = Field(
+        None,
+        ge=0,
+        description="steps over which the derivative grows to its whole weight; null: a tenth of "
+        "all, without which sCM tends to diverge early",
     )
     cosine: bool = Field(
         True, description="weigh the tangent by its angle's cosine (sCM), which is 0 at pure noise"
@@ -58,21 +65,27 @@ class SCMConfig(TrainConfig):
     norm_floor: float = Field(0.1, gt=0, description="added to the norm that it is divided by")
     adaptive: bool = Field(True, description="weigh times by a learned function of theirs")
     derivative: Way = Field(
-        "jvp", description="how the derivative along the path is taken; see ``bench jvp``"
+        "central",
+        description="how the derivative along the path is taken, see ``bench jvp``: forward mode "
+        "is exact, and so are the fast waves that it finds in networks told 1000 t",
     )
     difference_step: float = Field(
-        0.005, gt=0, le=0.5, description="of the difference, as a part of the largest time"
+        0.02, gt=0, le=0.5, description="of the difference, as a part of the largest time"
     )
 
 
 class TimeWeight(nn.Module):
-    """A learned log weight [B] of times: linear in waves of their angle, and 0 at first."""
+    """A learned log weight [B] of times: linear in waves of their angle.
 
-    def __init__(self) -> None:
+    Args:
+        first: the weight at first, of all times; that of losses of 1 / first is learnt then.
+    """
+
+    def __init__(self, first: float) -> None:
         super().__init__()
         self.line = nn.Linear(2 * OCTAVES, 1)
         nn.init.zeros_(self.line.weight)
-        nn.init.zeros_(self.line.bias)
+        nn.init.constant_(self.line.bias, math.log(first))
 
     def forward(self, at: Angle) -> Tensor:
         """The log weight at angles."""
@@ -86,7 +99,8 @@ class TimeWeight(nn.Module):
 class SCMTrainer(Trainer):
     """sCM (Lu and Song 2024): sCD, and with ``velocity: data`` sCT; spec M9.
 
-    Here: in the network's own process and time, whatever they are, and without changes to it.
+    Here: in the network's own process and time, whatever they are, and without changes to it, not
+    told the guidance, and without dropout, as all networks here run.
     """
 
     Config = SCMConfig
@@ -118,7 +132,7 @@ class SCMTrainer(Trainer):
                 "guidance: velocity=data asks the teacher nothing that could be guided; set "
                 "guidance=1"
             )
-        if c.warmup >= c.steps:
+        if c.warmup is not None and c.warmup >= c.steps:
             raise UserError(
                 f"warmup={c.warmup}: the derivative would never have its whole weight in "
                 f"steps={c.steps}; lower it"
@@ -128,7 +142,9 @@ class SCMTrainer(Trainer):
                 "compile: a student that trains along with a weight of times is not compiled; set "
                 "adaptive=false or compile=false"
             )
-        self.weigh = TimeWeight().to(self.device) if c.adaptive else None
+        count = math.prod(self.teacher.sample_shape)  # a tangent of norm 1 has squares 1 / count
+        first = count if c.normal == "norm" else 1
+        self.weigh = TimeWeight(first).to(self.device) if c.adaptive else None
         self.add_player("student", self.initial, c.optim, ema=True, total=c.steps, extra=self.weigh)
         self.data = c.sigma_data or self.process.sigma_data
 
@@ -152,9 +168,15 @@ class SCMTrainer(Trainer):
         """One player, one turn."""
         return [Turn("student", self.loss)]
 
+    @property
+    def warmup(self) -> int:
+        """Steps before the derivative has its whole weight."""
+        own = self.config.warmup
+        return self.config.steps // 10 if own is None else own
+
     def warmth(self, step: int) -> float:
         """Weight of the derivative at a step."""
-        return min(1.0, (step + 1) / (self.config.warmup + 1))
+        return min(1.0, (step + 1) / (self.warmup + 1))
 
     def states(self, batch: Batch, rng: Rng) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """States x_t at times t [B], and the clean and noise parts x, z of the path's velocity."""

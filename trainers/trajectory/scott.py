@@ -8,6 +8,7 @@ brings the spread back; without one keep ``solver.eta`` small.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import ClassVar, Literal
 
 import torch
@@ -15,6 +16,8 @@ from pydantic import Field
 from torch import Tensor
 
 from stepdistill.data.batch import Batch
+from stepdistill.diffusion.timesteps import regular_start
+from stepdistill.losses.consistency import Weight
 from stepdistill.run.plug import Plugged
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Pass, Turn
@@ -25,9 +28,19 @@ from stepdistill.trainers.trajectory.consistency import ConsistencyConfig, Consi
 from stepdistill.trainers.trajectory.pairs import Grid, Pairs
 from stepdistill.trainers.trajectory.rival import Rival
 
+HIGHEST = 0.97  # where grids begin unless told: random steps keep nothing of pure noise
+
 
 class ScottConfig(ConsistencyConfig):
     """Settings of ``scott``."""
+
+    start: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="where the student's grid begins, as progress towards pure noise, 1; null: "
+        "0.97, and lower for noise predictors",
+    )
 
     pairs: Plugged[Pairs] = Field(
         default_factory=lambda: Grid(steps=40), description="which times are compared"
@@ -39,8 +52,11 @@ class ScottConfig(ConsistencyConfig):
     target: Literal["stop_gradient", "ema"] = Field(
         "ema", description="whose estimate at r is the target"
     )
+    weight: Weight = Field("one", description="one, or 1 / (t - r)")
     adversary: TeacherConfig | None = Field(
-        None, description="a discriminator of clean estimates and data; null: none"
+        default_factory=lambda: TeacherConfig(student=0.4),
+        description="a discriminator of clean estimates and data; null: none, and images that are "
+        "the mean of what the solver's noise leads to",
     )
     discriminator: DiscriminatorOptim = Field(
         default_factory=DiscriminatorOptim, description="the discriminator's optimizer"
@@ -61,17 +77,29 @@ class ScottTrainer(ConsistencyTrainer):
     proofs: ClassVar = {
         "half the noise": Proof(
             ("gaussian", "classes"),
-            {"pairs": {"kind": "grid", "steps": 8}, "metric": "l2", "weight": "one", "start": 0.75}
+            {"pairs": {"kind": "grid", "steps": 8}, "metric": "l2", "start": 0.75}
+            | {"adversary": None}
             | {"solver": {"kind": "sde", "eta": 0.5, "substeps": 2}},
             batch=4,
         ),
         "all the noise": Proof(
             ("gaussian",),
-            {"pairs": {"kind": "grid", "steps": 8}, "metric": "l2", "weight": "one", "start": 0.75}
+            {"pairs": {"kind": "grid", "steps": 8}, "metric": "l2", "start": 0.75}
+            | {"adversary": None}
             | {"solver": {"kind": "sde", "eta": 1.0}},
             batch=4,
         ),
     }
+
+    @cached_property
+    def start(self) -> float:
+        """See ``config.start``."""
+        own = self.config.start
+        return (
+            min(HIGHEST, regular_start(self.process, self.teacher.head.name))
+            if own is None
+            else own
+        )
 
     def setup(self) -> None:
         """See :meth:`ConsistencyTrainer.setup`; with the discriminator's heads."""

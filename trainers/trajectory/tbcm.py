@@ -23,6 +23,8 @@ from stepdistill.trainers.base import Pass
 from stepdistill.trainers.fixed_point import Proof
 from stepdistill.trainers.trajectory.scm import CALM, PLAIN, SCMConfig, SCMTrainer
 
+EXACTLY = {"derivative": "jvp", "warmup": 0}
+
 
 class TBCMConfig(SCMConfig):
     """Settings of ``tbcm``."""
@@ -30,7 +32,7 @@ class TBCMConfig(SCMConfig):
     t: None = Field(None, description="always null: times are drawn one an interval of the walk")  # type: ignore[assignment]
     velocity: None = Field(None, description="always null: the path is the teacher's")  # type: ignore[assignment]
     points: int = Field(
-        15, ge=1, description="states of a walk that are trained on, neighbours in the batch"
+        16, ge=1, description="states of a walk that are trained on, neighbours in the batch"
     )
     calm_from: int | None = Field(
         None, ge=0, description="step from which the derivative counts less again; null: none"
@@ -44,16 +46,17 @@ class TBCMConfig(SCMConfig):
 class TBCMTrainer(SCMTrainer):
     """TBCM, spec M11, from its published code and abstract.
 
-    Here: a batch holds ``batch_size / points`` walks, all of the step's own, and none is filtered.
-    The first state is pure noise, where the paper's tangent is 0, and is not trained on.
+    Here: a batch holds ``batch_size / points`` walks, all of the step's own, and none is filtered;
+    the published 15 points are 16. The first state is pure noise, where the paper's tangent is 0,
+    and is not trained on.
     """
 
     Config = TBCMConfig
     config: TBCMConfig
     needs = "labels"
     proofs: ClassVar = {
-        "walks": Proof(("gaussian",), {"points": 4, "optim": CALM}),
-        "plain tangent": Proof(("gmm1d",), PLAIN | {"points": 8, "optim": CALM}, batch=3),
+        "walks": Proof(("gaussian",), {"points": 4, "optim": CALM} | EXACTLY),
+        "plain tangent": Proof(("gmm1d",), PLAIN | {"points": 8, "optim": CALM} | EXACTLY, batch=3),
     }
 
     def setup(self) -> None:
@@ -65,10 +68,10 @@ class TBCMTrainer(SCMTrainer):
         c = self.config
         self.group = c.points
         super().setup()
-        if c.calm_from is not None and not c.warmup <= c.calm_from < c.steps:
+        if c.calm_from is not None and not self.warmup <= c.calm_from < c.steps:
             raise UserError(
                 f"calm_from={c.calm_from}: the derivative has its whole weight from "
-                f"warmup={c.warmup} to steps={c.steps}; choose a step in between"
+                f"warmup={self.warmup} to steps={c.steps}; choose a step in between"
             )
         self.route = torch.tensor(
             uniform_grid(self.process, c.points, self.start), device=self.device

@@ -32,7 +32,11 @@ class MilestonesConfig(Section):
     """The second stage."""
 
     share: float = Field(0.15, gt=0, lt=1, description="share of the training steps, at the end")
-    own_steps: int = Field(4, ge=1, description="steps of the student's own samples")
+    own_steps: int | None = Field(
+        None,
+        ge=1,
+        description="steps of the student's own samples; null: 4, or fewer that divide them",
+    )
     substeps: int = Field(3, ge=1, description="steps of the teacher between milestones")
     pace: float = Field(0.1, gt=0, description="learning rate, as a multiple of the first stage's")
 
@@ -89,9 +93,11 @@ class TLCMTrainer(SegmentsTrainer):
         self.border = c.steps
         if second is None:
             return
-        if c.student_steps % second.own_steps:
+        few = [n for n in (4, 3, 2, 1) if c.student_steps % n == 0]
+        self.own_steps = second.own_steps or few[0]
+        if c.student_steps % self.own_steps:
             raise UserError(
-                f"milestones.own_steps={second.own_steps} is no divisor of student_steps="
+                f"milestones.own_steps={self.own_steps} is no divisor of student_steps="
                 f"{c.student_steps}, so that its steps miss the milestones; set it to one"
             )
         self.border = round(c.steps * (1 - second.share))
@@ -103,7 +109,7 @@ class TLCMTrainer(SegmentsTrainer):
         self.players["student"].total = self.border
         self.noise = "fresh"
         self.sizes = tuple(n for n in range(1, c.student_steps + 1) if c.student_steps % n == 0)
-        self.own_grid = uniform_grid(self.process, second.own_steps, self.start)
+        self.own_grid = uniform_grid(self.process, self.own_steps, self.start)
 
     def prepare(self, step: int) -> None:
         """See :meth:`Trainer.prepare`: enter the stage of ``step``."""
@@ -170,7 +176,7 @@ class TLCMTrainer(SegmentsTrainer):
         if not (second and self.stage):
             return super().passes()
         teacher = Pass("teacher", "forward", second.substeps, 2 if self.config.guided else 1)
-        own = Pass("student", "forward", second.own_steps + 1)
+        own = Pass("student", "forward", self.own_steps + 1)
         return [teacher, own, Pass("student", "train")]
 
 

@@ -39,7 +39,7 @@ class TwinFlowConfig(JumpConfig):
     """Settings of ``twin_flow``."""
 
     t: None = Field(None, description="always null: times are even in flow time")  # type: ignore[assignment]
-    diagonal: None = Field(None, description="always null: steps are of four kinds")  # type: ignore[assignment]
+    diagonal: None = Field(None, description="always null: steps are of four kinds")
     derivative: None = Field(None, description="always null: none is taken")  # type: ignore[assignment]
     difference_step: None = Field(None, description="always null: none is taken")  # type: ignore[assignment]
     short: float = Field(

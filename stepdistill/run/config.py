@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import types
@@ -16,7 +15,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from stepdistill.run.errors import UserError, hint
+from stepdistill.run.errors import UserError, hint, nearest
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 if not CONFIGS.is_dir():  # a checkout whose links were lost
@@ -205,9 +204,9 @@ def _explain(problem: Any, raw: Raw, model: type[BaseModel]) -> str:
         known = list(dict.fromkeys(name for m in sections for name in m.model_fields))
         prefix = f"{key.rpartition('.')[0]}." if "." in key else ""
         below = dict.fromkeys(deep for m in sections for deep in _below(m, parts[-1]))
-        slip, far = (difflib.get_close_matches(parts[-1], known, 1, cut) for cut in (0.8, 0.5))
-        nearest = " or ".join(f"{prefix}{name}" for name in slip or list(below) or far)
-        mend = f"did you mean {nearest}?" if nearest else f"known are {', '.join(known)}"
+        slip, far = (nearest(parts[-1], known, cut) for cut in (0.8, 0.5))
+        meant = " or ".join(f"{prefix}{name}" for name in slip or list(below) or far)
+        mend = f"did you mean {meant}?" if meant else f"known are {', '.join(known)}"
         return f"{raw.place(key)}: unknown key {key}; {mend}"
     if problem["type"] == "missing":
         return f"{raw.place(key)}: the key {key} is missing"

@@ -31,6 +31,12 @@ class Stopped(Exception):  # noqa: N818
         self.code = 128 + number
 
 
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> list[str]:
+    """The known name that a wrong one is nearest to, if any; of two the one it goes on from."""
+    near = difflib.get_close_matches(name, list(known), 3, cutoff)
+    return sorted(near, key=lambda one: not name.startswith(one))[:1]
+
+
 def hint(name: str, known: Iterable[str], otherwise: str = "known are") -> str:
     """The end of a line on a name that there is not: the known one nearest to it, or all of them.
 
@@ -40,6 +46,5 @@ def hint(name: str, known: Iterable[str], otherwise: str = "known are") -> str:
         otherwise: what the list of all begins with.
     """
     names = list(known)
-    near = difflib.get_close_matches(name, names, 3)
-    near.sort(key=lambda known: not name.startswith(known))  # a letter too many, as often
+    near = nearest(name, names)
     return f"did you mean {near[0]}?" if near else f"{otherwise} {', '.join(names)}"

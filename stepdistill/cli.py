@@ -57,11 +57,41 @@ def teacher(config: Config, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def pairs(config: Config, overrides: Overrides = None) -> None:
-    """Make the pairs of noise and image that a reflow config trains on."""
-    from stepdistill.commands.pairs import pairs as run
+def pairs(
+    config: Annotated[
+        str,
+        typer.Argument(help="a config file, the name of an installed one, or a store to look at"),
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="key.sub=value, over what the file says; or further stores to merge"),
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="read all of the store, and say what is bad in it")
+    ] = False,
+    merge: Annotated[
+        str | None, typer.Option(help="copy the stores that are named into this one")
+    ] = None,
+    part: Annotated[
+        str | None,
+        typer.Option(help="K/N: only every N-th file from the K-th on, for --merge later"),
+    ] = None,
+) -> None:
+    """Make the pairs of noise and image that a config trains on; several may work on one store."""
+    if sum((verify, merge is not None, part is not None)) > 1:
+        raise UserError("pairs: --verify, --merge and --part do not go together; give one of them")
+    if verify:
+        from stepdistill.commands.pair_stores import verify_store
 
-    _show(run(config, overrides or ()))
+        verify_store(config, overrides or ())
+    elif merge is not None:
+        from stepdistill.commands.pair_stores import merge_stores
+
+        print(merge_stores([config, *(overrides or ())], merge))
+    else:
+        from stepdistill.commands.pairs import pairs as run
+
+        _show(run(config, overrides or (), part=_part(part)))
 
 
 @app.command()
@@ -342,7 +372,17 @@ def doctor() -> None:
     raise typer.Exit(run())
 
 
-def _show(path: Path) -> None:
+def _part(text: str | None) -> tuple[int, int]:
+    """What ``--part K/N`` says, from 0."""
+    if text is None:
+        return 0, 1
+    k, slash, n = text.partition("/")
+    if not (slash and k.isdecimal() and n.isdecimal() and 1 <= int(k) <= int(n)):
+        raise UserError(f"--part {text}: write it as K/N, K from 1 to N, such as 1/4")
+    return int(k) - 1, int(n)
+
+
+def _show(path: Path | str) -> None:
     """Print a result once, however many processes made it."""
     if os.environ.get("RANK", "0") == "0":
         print(path)

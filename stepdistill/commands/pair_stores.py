@@ -34,7 +34,7 @@ def verify_store(name: str, overrides: Sequence[str] = ()) -> None:
     if bad:
         raise CheckFailed(
             f"{folder.place}: {bad} of {count} shards are bad; remove these files and run "
-            "`stepdistill pairs` with the store's config again, which makes them anew"
+            "`stepdistill pairs` with the store's config again (of a merged store, --merge)"
         )
     print(f"{folder.place}: {described(plan)} in {count} shards, all as they should be")
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from stepdistill import __version__
-from stepdistill.run.errors import CheckFailed, Stopped, UserError
+from stepdistill.run.errors import UserError
+from stepdistill.run.guard import guarded
 
 app = typer.Typer(
     name="stepdistill",
@@ -58,40 +57,16 @@ def teacher(config: Config, overrides: Overrides = None) -> None:
 
 @app.command()
 def pairs(
-    config: Annotated[
-        str,
-        typer.Argument(help="a config file, the name of an installed one, or a store to look at"),
-    ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(help="key.sub=value, over what the file says; or further stores to merge"),
-    ] = None,
-    verify: Annotated[
-        bool, typer.Option("--verify", help="read all of the store, and say what is bad in it")
-    ] = False,
-    merge: Annotated[
-        str | None, typer.Option(help="copy the stores that are named into this one")
-    ] = None,
-    part: Annotated[
-        str | None,
-        typer.Option(help="K/N: only every N-th file from the K-th on, for --merge later"),
-    ] = None,
+    config: Annotated[str, typer.Argument(help="a config; for --verify and --merge also a store")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value, or stores")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="read a store; say what is bad")] = False,
+    merge: Annotated[str | None, typer.Option(help="copy the stores named into this one")] = None,
+    part: Annotated[str | None, typer.Option(help="K/N: every N-th file, to merge later")] = None,
 ) -> None:
-    """Make the pairs of noise and image that a config trains on; several may work on one store."""
-    if sum((verify, merge is not None, part is not None)) > 1:
-        raise UserError("pairs: --verify, --merge and --part do not go together; give one of them")
-    if verify:
-        from stepdistill.commands.pair_stores import verify_store
+    """Make the pairs that a config trains on, with whoever else is at it; or check, or merge."""
+    from stepdistill.commands.pair_stores import command
 
-        verify_store(config, overrides or ())
-    elif merge is not None:
-        from stepdistill.commands.pair_stores import merge_stores
-
-        print(merge_stores([config, *(overrides or ())], merge))
-    else:
-        from stepdistill.commands.pairs import pairs as run
-
-        _show(run(config, overrides or (), part=_part(part)))
+    _show(command(config, overrides or (), verify=verify, merge=merge, part=part))
 
 
 @app.command()
@@ -372,16 +347,6 @@ def doctor() -> None:
     raise typer.Exit(run())
 
 
-def _part(text: str | None) -> tuple[int, int]:
-    """What ``--part K/N`` says, from 0."""
-    if text is None:
-        return 0, 1
-    k, slash, n = text.partition("/")
-    if not (slash and k.isdecimal() and n.isdecimal() and 1 <= int(k) <= int(n)):
-        raise UserError(f"--part {text}: write it as K/N, K from 1 to N, such as 1/4")
-    return int(k) - 1, int(n)
-
-
 def _show(path: Path | str) -> None:
     """Print a result once, however many processes made it."""
     if os.environ.get("RANK", "0") == "0":
@@ -405,35 +370,8 @@ def _root(
         print(context.get_help())
 
 
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)  # needs no name to be understood
-Misuse: Any = typer.BadParameter.__base__  # click's UsageError, by whatever name typer has it
-
-
 def main() -> int:
     """Run the command line; 0 done, 1 a check fell short, 2 bad input, 130 and 143 on signals."""
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # what went wrong is told in one line
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     return guarded(lambda: app(standalone_mode=False))
-
-
-def guarded(call: Callable[[], object]) -> int:
-    """Turn a user's mistake into one line on stderr and an exit code."""
-    try:
-        code = call()
-    except KeyboardInterrupt:
-        return 130
-    except (CheckFailed, Stopped, UserError) as error:
-        print(f"stepdistill: {' '.join(str(error).split())}", file=sys.stderr)
-        return error.code
-    except OSError as error:
-        if error.filename is None and error.errno not in DISK:
-            raise
-        where = f"{error.filename}: " if error.filename is not None else ""
-        print(f"stepdistill: {where}{error.strerror}", file=sys.stderr)
-        return 2
-    except Misuse as error:
-        place = error.ctx.command_path if error.ctx else "stepdistill"
-        message = error.format_message().rstrip(".")
-        print(f"stepdistill: {message}; see `{place} --help`", file=sys.stderr)
-        return 2
-    return code if isinstance(code, int) else 0

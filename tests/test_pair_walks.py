@@ -122,7 +122,7 @@ def test_solvers_that_make_no_pairs_are_refused(tmp_path) -> None:
     walk(gaussian(), solver={"kind": "sde", "eta": 0})
     with pytest.raises(ValueError, match="takes no substeps: pairs.steps says how many"):
         config(solver={"kind": "heun", "substeps": 2})
-    with pytest.raises(ValueError, match="kind data is unknown"):
+    with pytest.raises(ValueError, match="asks no teacher; take euler, heun or dpm"):
         config(solver="data")
     with pytest.raises(UserError, match="pairs.solver=dpm: extrapolates .* take euler or heun"):
         walk(gaussian(), pictures(), solver="dpm", invert=True)

@@ -51,8 +51,8 @@ def plan_of(
         name: what the plan calls the teacher; None: the hash of its weights.
     """
     pairs, solver = settings(config), None
-    if pairs.solver is not None and not is_euler(pairs.solver):
-        solver = json.dumps(without_substeps(pairs.solver), sort_keys=True)
+    if pairs.walk is not None and not is_euler(pairs.walk):
+        solver = json.dumps(without_substeps(pairs.walk), sort_keys=True)
     return PairPlan(
         teacher=name or weights_hash(teacher),
         precision=config.precision,
@@ -110,7 +110,7 @@ class PairWalk:
         *,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
-        solver = settings(config).solver
+        solver = settings(config).walk
         self.teacher, self.plan, self.images, self.autocast = teacher, plan, images, autocast
         self.solver: Walk = Euler() if solver is None else solver
         kind = self.solver.kind

@@ -18,7 +18,7 @@ from pydantic_core import PydanticCustomError
 from stepdistill.data.images import DataConfig
 from stepdistill.run.player import OptimConfig
 from stepdistill.run.plug import Plugged
-from stepdistill.trainers.solvers import Walk, brief
+from stepdistill.trainers.solvers import Solver, Walk, brief
 
 
 class Section(BaseModel):
@@ -101,7 +101,7 @@ class HealthConfig(Section):
     warn: bool = Field(True, description="say once when a ratio stays outside its healthy band")
 
 
-def without_substeps(solver: Walk) -> Any:
+def without_substeps(solver: Solver) -> Any:
     """What a config writes for a solver where something else says how many steps it takes."""
     said = brief(solver)
     if isinstance(said, dict):
@@ -122,7 +122,7 @@ class PairsConfig(Section):
     seed: int = Field(0, ge=0, description="seed of the pairs' noise")
     shard: int = Field(2048, ge=1, description="pairs in a file")
     batch_size: int = Field(256, ge=1, description="pairs made at once")
-    solver: Annotated[Plugged[Walk], PlainSerializer(without_substeps)] | None = Field(
+    solver: Annotated[Plugged[Solver], PlainSerializer(without_substeps)] | None = Field(
         None, description="of the teacher's steps: euler, heun, dpm or FILE.py:CLASS; null: euler"
     )
     invert: bool | None = Field(
@@ -167,10 +167,18 @@ class PairsConfig(Section):
 
     @field_validator("solver")
     @classmethod
-    def _steps(cls, value: Walk | None) -> Walk | None:
+    def _walks(cls, value: Solver | None) -> Solver | None:
+        if value is not None and not isinstance(value, Walk):
+            raise PydanticCustomError("walk", "asks no teacher; take euler, heun or dpm")
         if value is not None and "substeps" in value.model_fields_set:
             raise PydanticCustomError("substeps", "takes no substeps: pairs.steps says how many")
         return value
+
+    @property
+    def walk(self) -> Walk | None:
+        """The solver; None for Euler's, of the sampler."""
+        assert self.solver is None or isinstance(self.solver, Walk)
+        return self.solver
 
     @model_validator(mode="after")
     def _keeps(self) -> PairsConfig:

@@ -55,7 +55,7 @@ class ReflowTrainer(Trainer):
     def fixed_point(self) -> FixedPoint:
         """Straight paths that end where the pairs do: at the end of the teacher's own walk."""
         grid = uniform_grid(self.process, self.config.pairs.steps)
-        solver = self.config.pairs.solver
+        solver = self.config.pairs.walk
         if solver is None:
             return FixedPoint("map", follow=lambda t: grid, straight=True)
         whole = solver.model_copy(update={"substeps": self.config.pairs.steps})

@@ -88,32 +88,41 @@ class PairStore:
         total = int(self._ends[-1])
         mirrored, places = places >= total, places % total
         shards = np.searchsorted(self._ends, places, side="right")
-        shape = self.parts[0].shape
-        z, x = torch.empty(len(places), *shape), torch.empty(len(places), *shape)
-        label = torch.empty(len(places), dtype=torch.int64)
-        for shard in np.unique(shards):
-            rows = torch.from_numpy((shards == shard).nonzero()[0])
-            local = torch.from_numpy(places[rows.numpy()] - self._ends[shard] + self._sizes[shard])
-            got = self._rows(int(shard), local)
-            z[rows], x[rows], label[rows] = got.z, got.x, got.label
+        shape = (len(places), *self.parts[0].shape)
+        x, label = torch.empty(shape), torch.empty(len(places), dtype=torch.int64)
+        z, own = torch.empty(shape), np.empty(len(places), dtype=np.int64)
+        drawn: dict[PairPlan, list[Positions]] = {}
+        for shard in np.unique(shards).tolist():
+            rows, piece, kept = (
+                (shards == shard).nonzero()[0],
+                self._pieces[shard],
+                self._mapped(shard),
+            )
+            local = places[rows] - (self._ends[shard] - self._sizes[shard])
+            own[rows] = local + piece.shard * piece.plan.shard
+            x[rows], label[rows] = unpacked(kept["x"][local]), kept["label"][local]
+            if piece.plan.images is None:
+                drawn.setdefault(piece.plan, []).append(rows)
+            else:
+                z[rows] = unpacked(kept["z"][local])
+        for plan, parts in drawn.items():  # at once: a draw costs the same for few and for many
+            rows = np.concatenate(parts)
+            z[rows] = plan.noise(torch.from_numpy(own[rows]))
+        self._refuse_not_finite(x, shards, own)
         if mirrored.any():
-            rows = torch.from_numpy(mirrored.nonzero()[0])
-            z[rows], x[rows] = z[rows].flip(-1), x[rows].flip(-1)
+            z[mirrored], x[mirrored] = z[mirrored].flip(-1), x[mirrored].flip(-1)
         return Pairs(z, x, label)
 
-    def _rows(self, shard: int, local: Tensor) -> Pairs:
-        piece, tensors = self._pieces[shard], self._mapped(shard)
-        index = piece.plan.indices(piece.shard)[local]
-        x = unpacked(tensors["x"][local])
-        finite = torch.isfinite(x).flatten(1).all(dim=1)
+    def _refuse_not_finite(self, x: Tensor, shards: Positions, own: Positions) -> None:
+        """Name the first image [B, *S] that is not finite, of those by file and own index."""
+        finite = torch.isfinite(x)
         if not finite.all():
-            bad = int(index[~finite].min())
+            row = int((~finite.flatten(1).all(dim=1)).nonzero()[0, 0])
+            name = shard_name(self._pieces[int(shards[row])].number)
             raise UserError(
-                f"{self.folder.path(shard_name(piece.number))}: image {bad} is not finite; remove "
-                "the file and run `stepdistill pairs` again"
+                f"{self.folder.path(name)}: image {int(own[row])} is not finite; remove the file "
+                "and run `stepdistill pairs` again"
             )
-        z = unpacked(tensors["z"][local]) if piece.plan.images else piece.plan.noise(index)
-        return Pairs(z, x, tensors["label"][local])
 
     def _mapped(self, shard: int) -> dict[str, Tensor]:
         """The tensors of a shard, in memory that is mapped from its file."""

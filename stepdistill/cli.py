@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from stepdistill import __version__
-from stepdistill.run.errors import CheckFailed, Stopped, UserError
+from stepdistill.run.errors import UserError
+from stepdistill.run.guard import guarded
 
 app = typer.Typer(
     name="stepdistill",
@@ -57,11 +56,17 @@ def teacher(config: Config, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def pairs(config: Config, overrides: Overrides = None) -> None:
-    """Make the pairs of noise and image that a reflow config trains on."""
-    from stepdistill.commands.pairs import pairs as run
+def pairs(
+    config: Annotated[str, typer.Argument(help="a config; for --verify and --merge also a store")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value, or stores")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="read a store; say what is bad")] = False,
+    merge: Annotated[str | None, typer.Option(help="copy the stores named into this one")] = None,
+    part: Annotated[str | None, typer.Option(help="K/N: every N-th file, to merge later")] = None,
+) -> None:
+    """Make the pairs that a config trains on, with whoever else is at it; or check, or merge."""
+    from stepdistill.commands.pair_stores import command
 
-    _show(run(config, overrides or ()))
+    _show(command(config, overrides or (), verify=verify, merge=merge, part=part))
 
 
 @app.command()
@@ -342,7 +347,7 @@ def doctor() -> None:
     raise typer.Exit(run())
 
 
-def _show(path: Path) -> None:
+def _show(path: Path | str) -> None:
     """Print a result once, however many processes made it."""
     if os.environ.get("RANK", "0") == "0":
         print(path)
@@ -365,35 +370,8 @@ def _root(
         print(context.get_help())
 
 
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)  # needs no name to be understood
-Misuse: Any = typer.BadParameter.__base__  # click's UsageError, by whatever name typer has it
-
-
 def main() -> int:
     """Run the command line; 0 done, 1 a check fell short, 2 bad input, 130 and 143 on signals."""
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # what went wrong is told in one line
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     return guarded(lambda: app(standalone_mode=False))
-
-
-def guarded(call: Callable[[], object]) -> int:
-    """Turn a user's mistake into one line on stderr and an exit code."""
-    try:
-        code = call()
-    except KeyboardInterrupt:
-        return 130
-    except (CheckFailed, Stopped, UserError) as error:
-        print(f"stepdistill: {' '.join(str(error).split())}", file=sys.stderr)
-        return error.code
-    except OSError as error:
-        if error.filename is None and error.errno not in DISK:
-            raise
-        where = f"{error.filename}: " if error.filename is not None else ""
-        print(f"stepdistill: {where}{error.strerror}", file=sys.stderr)
-        return 2
-    except Misuse as error:
-        place = error.ctx.command_path if error.ctx else "stepdistill"
-        message = error.format_message().rstrip(".")
-        print(f"stepdistill: {message}; see `{place} --help`", file=sys.stderr)
-        return 2
-    return code if isinstance(code, int) else 0

@@ -70,7 +70,7 @@ def unshared_exit() -> None:
 
 def swapped_pairs() -> None:
     """Noise and image of a pair come from neighbouring places of the batch."""
-    from stepdistill.data.pairs import PairStore
+    from stepdistill.data.pairs.store import PairStore
 
     batch = PairStore.batch
 

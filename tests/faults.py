@@ -174,14 +174,14 @@ def _signal(number: float) -> None:
 
 
 def _shard(number: float) -> None:
-    from stepdistill.data import pairs
+    from stepdistill.data.pairs import folder
 
     def write_bytes(original: Any, path: Path, data: bytes) -> None:
         if path.name == f"pairs-{int(number):06d}.safetensors":
             _listen()()
         original(path, data)
 
-    _wrap(pairs, "write_bytes", write_bytes)
+    _wrap(folder, "write_bytes", write_bytes)
 
 
 def _refuse(number: float) -> None:

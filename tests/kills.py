@@ -123,7 +123,7 @@ def _remove(number: int) -> None:
 
 
 def _shard(number: int) -> None:
-    from stepdistill.data import pairs
+    from stepdistill.data.pairs import folder
 
     def write_bytes(original: Any, path: Path, data: bytes) -> None:
         if path.name != f"pairs-{number:06d}.safetensors":
@@ -131,7 +131,7 @@ def _shard(number: int) -> None:
         with mock.patch.object(Path, "replace", die):
             original(path, data[: len(data) // 2])
 
-    _wrap(pairs, "write_bytes", write_bytes)
+    _wrap(folder, "write_bytes", write_bytes)
 
 
 def _student(_: int) -> None:

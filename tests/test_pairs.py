@@ -13,7 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from stepdistill.data.pairs import MANIFEST, PairPlan, PairStore, make_pairs, shard_path, whole
+from stepdistill.data.pairs import claims as claim_files
+from stepdistill.data.pairs.claims import CLAIM, Claims
+from stepdistill.data.pairs.folder import Folder, open_folder
+from stepdistill.data.pairs.make import MANIFEST, make_pairs, of_noise
+from stepdistill.data.pairs.plan import PairPlan, pieces
+from stepdistill.data.pairs.shards import lacking, shard_name
+from stepdistill.data.pairs.store import PairStore
 from stepdistill.diffusion.cond import Cond
 from stepdistill.run.errors import UserError
 from tests.children import CONTEXT, Child, ranks, stepdistill
@@ -38,11 +44,19 @@ def draw(z: Tensor, cond: Cond) -> Tensor:
     return torch.tanh(z + cond.label[:, None, None, None])
 
 
-def make(root: Path, plan: PairPlan = PLAN, *, rank: int = 0, world: int = 1, **keys) -> list[int]:
-    told: list[int] = []
-    keys = {"draw": draw, "batch_size": 3, "told": told.append, **keys}
-    make_pairs(root, plan, rank=rank, world=world, **keys)
+def make(root: Path | str, plan: PairPlan = PLAN, draw=draw, **keys) -> list[tuple[int, int]]:
+    told: list[tuple[int, int]] = []
+    keys = {"batch_size": 3, "told": lambda *counts: told.append(counts), **keys}
+    make_pairs(open_folder(root), plan, of_noise(plan, draw), **keys)
     return told
+
+
+def shard_path(root: Path, shard: int) -> Path:
+    return root / shard_name(shard)
+
+
+def whole(root: Path, plan: PairPlan, shard: int) -> bool:
+    return not lacking(open_folder(root), [list(pieces(plan))[shard]])
 
 
 def files(root: Path) -> dict[str, bytes]:
@@ -51,13 +65,15 @@ def files(root: Path) -> dict[str, bytes]:
 
 def test_what_is_in_a_store(tmp_path) -> None:
     told = make(tmp_path)
-    assert sum(told) == PLAN.num
+    assert told[0] == (0, 0) and told[-1] == (PLAN.num, PLAN.num)
     assert len(list(tmp_path.glob("pairs-*.safetensors"))) == PLAN.shards() == 7
     assert json.loads((tmp_path / MANIFEST).read_text())["num"] == 50
-    store, index = PairStore(tmp_path, PLAN), torch.arange(50)
-    assert torch.equal(store.label, PLAN.labels(index))
-    assert torch.equal(store.x, draw(PLAN.noise(index), Cond(store.label)))
-    assert set(store.label.tolist()) == {0, 1, 2}
+    index = torch.arange(50)
+    kept = PairStore(tmp_path, PLAN).at(index)
+    assert torch.equal(kept.label, PLAN.labels(index))
+    assert torch.equal(kept.z, PLAN.noise(index))
+    assert torch.equal(kept.x, draw(kept.z, Cond(kept.label)))
+    assert set(kept.label.tolist()) == {0, 1, 2}
 
 
 def test_batches_pair_noise_with_its_image_and_share_a_step(tmp_path) -> None:
@@ -75,10 +91,11 @@ def test_batches_pair_noise_with_its_image_and_share_a_step(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("world", [2, 3, 9])
-def test_any_number_of_workers_writes_the_same_bytes(tmp_path, world) -> None:
+def test_any_number_of_parts_gives_the_same_bytes(tmp_path, world) -> None:
     make(tmp_path / "one")
-    for rank in range(world):
-        make(tmp_path / "many", rank=rank, world=world)
+    for k in range(world):
+        told = make(tmp_path / "many", part=(k, world))
+        assert told[-1][0] == sum(len(PLAN.indices(shard)) for shard in range(7)[k::world])
     assert files(tmp_path / "many") == files(tmp_path / "one")
 
 
@@ -100,7 +117,7 @@ def test_shards_that_are_whole_are_not_made_again_and_torn_ones_are(tmp_path) ->
         made.append(len(z))
         return draw(z, cond)
 
-    assert sum(make(tmp_path, draw=counting)) == 50 and made == []
+    assert make(tmp_path, draw=counting)[-1] == (50, 0) and made == []
     torn = shard_path(tmp_path, 2)
     torn.write_bytes(torn.read_bytes()[:-5])
     shard_path(tmp_path, 4).unlink()
@@ -162,18 +179,19 @@ def test_unconditional_pairs(tmp_path) -> None:
         return z.tanh()
 
     make(tmp_path, plan, draw=blind)
-    assert not PairStore(tmp_path, plan).label.any()
+    assert not PairStore(tmp_path, plan).at(torch.arange(50)).label.any()
 
 
 # Killed workers -----------------------------------------------------------------------------------
 
 
-def _slowly(root: str, rank: int, world: int) -> None:
-    def slow(z: Tensor, cond: Cond) -> Tensor:
-        time.sleep(0.004)
-        return draw(z, cond)
+def _slow(z: Tensor, cond: Cond) -> Tensor:
+    time.sleep(0.004)
+    return draw(z, cond)
 
-    make(Path(root), rank=rank, world=world, draw=slow)
+
+def _slowly(root: str) -> None:
+    make(root, draw=_slow)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -183,9 +201,7 @@ def test_workers_killed_at_a_random_moment_leave_a_store_that_can_be_finished(
     make(tmp_path / "whole")
     cut, moment = tmp_path / "cut", random.Random(seed)
     for world in (1, 3):
-        workers = [
-            CONTEXT.Process(target=_slowly, args=(str(cut), rank, world)) for rank in range(world)
-        ]
+        workers = [CONTEXT.Process(target=_slowly, args=(str(cut),)) for _ in range(world)]
         for worker in workers:
             worker.start()
         time.sleep(moment.uniform(0.05, 0.15))
@@ -238,3 +254,132 @@ def test_the_command_stopped_by_a_signal(tmp_path) -> None:
         assert done.code == 128 + number
         assert "Traceback" not in done.err
     assert stepdistill(*command("run"), folder=tmp_path).code == 0
+
+
+# Workers that know of each other by the folder alone --------------------------------------------
+
+
+def _counted(root: str, made) -> None:
+    def counting(z: Tensor, cond: Cond) -> Tensor:
+        with made.get_lock():
+            made.value += len(z)
+        return _slow(z, cond)
+
+    make(root, draw=counting)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_workers_share_the_shards_and_none_is_made_twice(tmp_path, workers) -> None:
+    make(tmp_path / "alone")
+    made = CONTEXT.Value("q", 0)
+    those = [
+        CONTEXT.Process(target=_counted, args=(str(tmp_path / "shared"), made))
+        for _ in range(workers)
+    ]
+    for worker in those:
+        worker.start()
+    for worker in those:
+        worker.join(60)
+    assert [worker.exitcode for worker in those] == [0] * workers
+    assert made.value == PLAN.num
+    assert files(tmp_path / "shared") == files(tmp_path / "alone")
+
+
+def claimed(root: Path, shard: int, *, host: str = "elsewhere", pid: int = 1) -> Path:
+    """The claim of a worker on another machine."""
+    path = root / f"{CLAIM}pairs-{shard:06d}"
+    root.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"host": host, "pid": pid, "beats": 0, "key": "ab"}))
+    return path
+
+
+def test_the_shard_of_a_worker_elsewhere_that_fell_silent_is_taken_over(tmp_path) -> None:
+    make(tmp_path / "whole")
+    cut = tmp_path / "cut"
+    claimed(cut, 2)
+    seen: list[bool] = []
+
+    def looking(z: Tensor, cond: Cond) -> Tensor:
+        seen.append(whole(cut, PLAN, 6))
+        return draw(z, cond)
+
+    began = time.monotonic()
+    make(cut, draw=looking, timeout=0.3)
+    assert time.monotonic() - began >= 0.3
+    assert seen[-1] and not any(seen[:-3])  # the claimed one came last
+    assert files(cut) == files(tmp_path / "whole")
+
+
+def test_the_shard_of_a_process_that_is_no_more_is_taken_over_at_once(tmp_path) -> None:
+    gone = CONTEXT.Process(target=time.sleep, args=(0,))
+    gone.start()
+    gone.join()
+    claimed(tmp_path, 2, host=claim_files.socket.gethostname(), pid=gone.pid)
+    (tmp_path / f"{CLAIM}pairs-000004").touch()  # one killed before it could write its name
+    began = time.monotonic()
+    make(tmp_path)
+    assert time.monotonic() - began < 30
+    assert not list(tmp_path.glob(f"{CLAIM}*"))
+
+
+def test_a_claim_that_shows_life_is_let_be(tmp_path) -> None:
+    folder = open_folder(tmp_path)
+    slow, fast = Claims(folder, 0.3), Claims(folder, 0.3)
+    with slow.take("a") as first:
+        end = time.monotonic() + 1
+        while time.monotonic() < end:
+            with fast.take("a") as second:
+                assert first and not second
+            time.sleep(0.05)
+    with fast.take("a") as second:
+        assert second
+
+
+def test_a_claim_is_given_back_where_its_work_fails(tmp_path) -> None:
+    claims = Claims(open_folder(tmp_path))
+    with pytest.raises(UserError), claims.take("a"):
+        raise UserError("no")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_object_store_gets_the_same_bytes(tmp_path) -> None:
+    make(tmp_path)
+    place = f"memory://{tmp_path.name}/pairs"
+    folder = open_folder(place)
+    told = make(place)
+    assert told[-1] == (50, 50)
+    assert {name: folder.read(name) for name in folder.sizes()} == files(tmp_path)
+    folder.write(shard_name(2), folder.read(shard_name(2))[:-5])
+    folder.remove(shard_name(3))
+    assert make(place)[-1] == (50, 16)
+    assert {name: folder.read(name) for name in folder.sizes()} == files(tmp_path)
+    assert folder.create("new", b"a") and not folder.create("new", b"b")
+
+
+def test_an_object_store_that_lets_two_claim_gets_the_same_bytes(tmp_path, monkeypatch) -> None:
+    make(tmp_path)
+    place = f"memory://{tmp_path.name}/twice"
+    folder = open_folder(place)
+    monkeypatch.setattr(type(folder), "create", lambda self, name, data: not self.beat(name, data))
+
+    def other_first(z: Tensor, cond: Cond) -> Tensor:
+        make_pairs(Unclaimed(folder), PLAN, of_noise(PLAN, draw), batch_size=9, told=print)
+        return draw(z, cond)
+
+    make(place, draw=other_first)
+    assert {name: folder.read(name) for name in folder.sizes()} == files(tmp_path)
+
+
+class Unclaimed:
+    """A folder for a worker that never sees another's claims."""
+
+    def __init__(self, folder: Folder) -> None:
+        self.folder = folder
+
+    def __getattr__(self, name: str):
+        return getattr(self.folder, name)
+
+
+def test_a_url_that_nothing_reaches_is_told() -> None:
+    with pytest.raises(UserError, match="pairs.path=nowhere://a/b: .*nowhere"):
+        open_folder("nowhere://a/b")

@@ -37,6 +37,8 @@ def small(words: list[str]) -> list[str]:
     """The same command with few steps; through this interpreter's own scripts."""
     if {"train", "teacher"} & set(words):
         words = words + SMALL
+    if words[1:3] == ["pairs", "reflow-digits"]:
+        words = [*words, "pairs.num=20", "pairs.steps=1"]
     if "students" in words:
         words = [*words, *"--config consistency-digits --seconds 1 --seeds 0 --num 100".split()]
     elif "--num" in words:

@@ -18,7 +18,7 @@ import yaml
 from PIL import Image
 
 from stepdistill.commands.read import read_config
-from stepdistill.data.pairs import PairStore
+from stepdistill.data.pairs.store import PairStore
 from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.run import checkpoint
 from stepdistill.run.config import digest
@@ -346,20 +346,20 @@ def test_pairs_made_before_are_used(folder, whole) -> None:
 
 
 def test_a_pair_store_is_what_the_teacher_draws(whole) -> None:
-    from stepdistill.commands.pairs import plan_of
     from stepdistill.diffusion.cond import Cond
     from stepdistill.diffusion.sampler import sample
     from stepdistill.diffusion.timesteps import uniform_grid
     from stepdistill.run.assets import load_teacher
+    from stepdistill.trainers.pair_walk import plan_of
 
     _, config = read_config(str(whole["reflow"] / "config.yaml"))
     teacher = load_teacher("digits-dit")
     plan = plan_of(config, teacher)
     store = PairStore(whole["reflow"] / "pairs", plan)
-    grid = uniform_grid(teacher.process, 2)
+    grid, kept = uniform_grid(teacher.process, 2), store.at(torch.arange(40))
     with torch.no_grad():
-        x = sample(teacher, plan.noise(torch.arange(40)), grid, Cond(store.label))
-    torch.testing.assert_close(store.x, x, rtol=0, atol=1e-5)
+        x = sample(teacher, plan.noise(torch.arange(40)), grid, Cond(kept.label))
+    torch.testing.assert_close(kept.x, x, rtol=0, atol=1e-5)
 
 
 def test_one_interpreter_can_run_several_precisions(tmp_path, monkeypatch) -> None:

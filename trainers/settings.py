@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from stepdistill.data.images import DataConfig
 from stepdistill.run.player import OptimConfig
+from stepdistill.run.plug import Plugged
+from stepdistill.trainers.solvers import Solver, Walk, brief
 
 
 class Section(BaseModel):
@@ -91,15 +101,92 @@ class HealthConfig(Section):
     warn: bool = Field(True, description="say once when a ratio stays outside its healthy band")
 
 
+def without_substeps(solver: Solver) -> Any:
+    """What a config writes for a solver where something else says how many steps it takes."""
+    said = brief(solver)
+    if isinstance(said, dict):
+        return {key: value for key, value in said.items() if key != "substeps"}
+    return said
+
+
 class PairsConfig(Section):
     """The store of pairs, made by ``stepdistill pairs`` or, where it is missing, at the start."""
 
-    path: Path | None = Field(None, description="folder of the store; RUN/pairs if null")
+    path: str | None = Field(
+        None,
+        description="folder of the store, or its URL, such as s3://bucket/pairs, by fsspec; "
+        "RUN/pairs if null",
+    )
     num: int = Field(10_000, ge=1, description="pairs to make")
     steps: int = Field(32, ge=1, description="the teacher's steps for a pair")
     seed: int = Field(0, ge=0, description="seed of the pairs' noise")
     shard: int = Field(2048, ge=1, description="pairs in a file")
     batch_size: int = Field(256, ge=1, description="pairs made at once")
+    solver: Annotated[Plugged[Solver], PlainSerializer(without_substeps)] | None = Field(
+        None, description="of the teacher's steps: euler, heun, dpm or FILE.py:CLASS; null: euler"
+    )
+    invert: bool | None = Field(
+        None,
+        description="pairs of the images of data: each with the noise that the teacher's flow "
+        "takes it to; null: of drawn noise, each with the image that the teacher makes of it",
+    )
+    store: Literal["uint8", "fp16", "bf16", "fp32"] | None = Field(
+        None, description="type that images are kept in, uint8 for pixels; null: fp32"
+    )
+    flip: bool | None = Field(
+        None,
+        description="use every pair mirrored too, after a check that the teacher's images of "
+        "mirrored noise are mirrored; null: no",
+    )
+    online: bool | None = Field(
+        None, description="make the pairs of a step when it comes, and keep none; null: no"
+    )
+    shares: tuple[float, ...] | None = Field(
+        None,
+        min_length=1,
+        description="shares of a merged store's parts in a batch; null: by their pairs",
+    )
+
+    @field_validator("path", mode="before")
+    @classmethod
+    def _place(cls, value: Any) -> Any:
+        plain = isinstance(value, Path) or (isinstance(value, str) and "://" not in value)
+        return str(Path(value)) if plain else value
+
+    @field_validator("invert", "flip", "online")
+    @classmethod
+    def _off(cls, value: bool | None) -> bool | None:
+        return value or None  # a config's hash passes over what is null
+
+    @field_validator("shares")
+    @classmethod
+    def _positive(cls, value: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        if value is not None and (min(value) < 0 or not sum(value)):
+            raise PydanticCustomError("shares", "must not be negative, nor all be 0")
+        return value
+
+    @field_validator("solver")
+    @classmethod
+    def _walks(cls, value: Solver | None) -> Solver | None:
+        if value is not None and not isinstance(value, Walk):
+            raise PydanticCustomError("walk", "asks no teacher; take euler, heun or dpm")
+        if value is not None and "substeps" in value.model_fields_set:
+            raise PydanticCustomError("substeps", "takes no substeps: pairs.steps says how many")
+        return value
+
+    @property
+    def walk(self) -> Walk | None:
+        """The solver; None for Euler's, of the sampler."""
+        assert self.solver is None or isinstance(self.solver, Walk)
+        return self.solver
+
+    @model_validator(mode="after")
+    def _keeps(self) -> PairsConfig:
+        if self.online and self.path is not None:
+            raise PydanticCustomError(
+                "online", "online pairs are not kept; leave out path or set online to null"
+            )
+        return self
 
 
 class TrainConfig(Section):

@@ -2,99 +2,228 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
+from stepdistill.commands.check_fit import check_fit
 from stepdistill.commands.job import job
 from stepdistill.commands.read import read_config
 from stepdistill.commands.watch import Watch
-from stepdistill.data.pairs import PairPlan, make_pairs
-from stepdistill.diffusion.cond import Cond
+from stepdistill.data.order import share
+from stepdistill.data.pairs.folder import open_folder
+from stepdistill.data.pairs.make import make_pairs, read_manifest
+from stepdistill.data.pairs.plan import MergedPlan, PairPlan, pieces
+from stepdistill.data.pairs.shards import lacking
+from stepdistill.data.pairs.store import PairStore, Sent, described, fetch
 from stepdistill.diffusion.denoiser import Denoiser
-from stepdistill.diffusion.sampler import sample
-from stepdistill.diffusion.timesteps import uniform_grid
 from stepdistill.run.errors import UserError
 from stepdistill.run.ranks import Processes
 from stepdistill.run.together import together
-from stepdistill.trainers.settings import PairsConfig, TrainConfig
+from stepdistill.trainers.pair_walk import (
+    OnlinePairs,
+    PairWalk,
+    check_mirror,
+    images_of,
+    plan_of,
+    settings,
+)
+from stepdistill.trainers.settings import TrainConfig
+
+TIMED_STEPS = 2
 
 
-def pairs(name: str, overrides: Sequence[str] = ()) -> Path:
+def pairs(
+    name: str, overrides: Sequence[str] = (), *, part: tuple[int, int] = (0, 1)
+) -> Path | str:
     """Make the store of a config and return its folder; shards that are there are kept.
+
+    Args:
+        name: a config file, or the name of an installed one.
+        overrides: ``key.sub=value``.
+        part: (k, n): only every n-th shard, from the k-th on, for machines that share no folder.
 
     Raises:
         UserError: bad input, or a config that uses no pairs.
+    """
+    config = read_pairs_config(name, overrides)
+    if settings(config).online:
+        raise UserError(
+            f"{name}: pairs.online=true makes each step's pairs in its run, and no store; set it "
+            "to null to make one"
+        )
+    with job(config) as (processes, teacher):
+        return Source(config, teacher, processes, Watch(config, main=processes.main)).make(part)
+
+
+def read_pairs_config(name: str, overrides: Sequence[str] = ()) -> TrainConfig:
+    """A config that has pairs.
+
+    Raises:
+        UserError: it is bad, or uses none.
     """
     _, config = read_config(name, overrides)
     if config.pair_store is None:
         where = "reflow does" + (", or set regression" if hasattr(config, "regression") else "")
         raise UserError(f"{name}: the method {config.method} uses no pairs; {where}")
-    with job(config) as (processes, teacher):
-        return make(config, teacher, processes, Watch(config, main=processes.main))
+    return config
 
 
-def settings(config: TrainConfig) -> PairsConfig:
-    """The pairs of a config that has some."""
-    assert config.pair_store is not None
-    return config.pair_store
+def place_of(config: TrainConfig) -> str:
+    """Where a config's store lies."""
+    return settings(config).path or str(config.run / "pairs")
 
 
-def plan_of(config: TrainConfig, teacher: Denoiser) -> PairPlan:
-    """What a config's pairs are."""
-    pairs = settings(config)
-    return PairPlan(
-        teacher=weights_hash(teacher),
-        precision=config.precision,
-        steps=pairs.steps,
-        guidance=config.guidance,
-        num=pairs.num,
-        seed=pairs.seed,
-        shape=teacher.sample_shape,
-        classes=len(teacher.classes),
-        shard=pairs.shard,
-    )
+class Source:
+    """Where a run's pairs come from: a store, made where it is missing, or walks as they go.
 
+    Args:
+        config: has pairs.
+        teacher: makes them.
+        processes: the job's, which share the work.
+        watch: is told of it.
 
-def make(config: TrainConfig, teacher: Denoiser, processes: Processes, watch: Watch) -> Path:
-    """Make the shards that are missing, shared among the processes; returns the folder."""
-    plan, root = plan_of(config, teacher), settings(config).path or config.run / "pairs"
-    grid = uniform_grid(teacher.process, plan.steps)
-    began = time.monotonic()
-    done = 0
+    Raises:
+        UserError: images do not fit the teacher, or it cannot walk as it is asked to.
+    """
 
-    def draw(z: Tensor, cond: Cond) -> Tensor:
-        with torch.no_grad(), processes.autocast():
-            cond = cond.map(lambda v: v.to(processes.device))
-            z = z.to(processes.device)
-            return sample(teacher, z, grid, cond, guidance=plan.guidance)
+    def __init__(
+        self, config: TrainConfig, teacher: Denoiser, processes: Processes, watch: Watch
+    ) -> None:
+        self.config, self.teacher = config, teacher
+        self.processes, self.watch, self.own = processes, watch, settings(config)
+        images = images_of(config)
+        if images is not None:
+            check_fit(images, teacher)
+        self.plan = plan_of(config, teacher, images)
+        self.walk = PairWalk(config, teacher, self.plan, images, autocast=processes.autocast)
+        self.folder = open_folder(place_of(config))
 
-    def told(count: int) -> None:
-        nonlocal done
-        done += count * processes.world
-        watch.pairs(min(done, plan.num), plan.num, time.monotonic() - began)
+    def batches(self, start: int) -> Generator[Sent, None, None]:
+        """Noise, images and labels of this process's share of each step's batch, from a step on."""
+        c, p = self.config, self.processes
+        part, flip = share(c.batch_size, p.rank, p.world), bool(self.own.flip)
+        pairs: PairStore | OnlinePairs
+        if self.own.online:
+            with together(p.mean):
+                self._check_flip()
+            pairs = OnlinePairs(self.walk, flip=flip)
+        else:
+            self.make()
+            kept = read_manifest(self.folder) or self.plan
+            with together(p.mean):
+                near = fetch(self.folder, kept, Path(c.run) / "pairs", (p.rank, p.world))
+            pairs = PairStore(near, kept, flip=flip, shares=self.own.shares)
+        return pairs.batches(range(start, c.steps), c.batch_size, c.seed, part, p.device)
 
-    with together(processes.mean):
-        make_pairs(
-            root,
-            plan,
-            draw,
-            batch_size=settings(config).batch_size,
-            told=told,
-            rank=processes.rank,
-            world=processes.world,
+    def make(self, part: tuple[int, int] = (0, 1)) -> Path | str:
+        """Make the shards that are missing, together with whoever else does; returns the folder.
+
+        A merged store is taken as it is.
+
+        Raises:
+            UserError: it cannot be made, or a merged store is of other pairs.
+        """
+        place = self.own.path or self.config.run / "pairs"
+        with together(self.processes.mean):
+            self._check_flip()
+            kept = read_manifest(self.folder)
+            if isinstance(kept, MergedPlan):
+                self._take(kept)
+                return place
+            self._estimate(part)
+            rate = _Rate(self.watch, self.plan, part)
+            make_pairs(
+                self.folder,
+                self.plan,
+                self.walk,
+                batch_size=self.own.batch_size,
+                told=rate.told,
+                part=part,
+            )
+        return place
+
+    def _check_flip(self) -> None:
+        if self.own.flip:
+            check_mirror(self.walk, self.own.batch_size)
+
+    def _take(self, kept: MergedPlan) -> None:
+        differs = self.plan.alike(kept.parts[0])
+        if differs is not None:
+            raise UserError(
+                f"{self.folder.place}: its pairs have {differs}={getattr(kept.parts[0], differs)}, "
+                f"and this config {getattr(self.plan, differs)}; set it so, or another pairs.path"
+            )
+        self.watch.say(f"pairs: {self.folder.place} holds {described(kept)}, taken as they are")
+
+    def _estimate(self, part: tuple[int, int]) -> None:
+        """Say what is to be made, and how large and long that will be.
+
+        Raises:
+            UserError: there is no room for it.
+        """
+        left = lacking(self.folder, list(pieces(self.plan))[part[0] :: part[1]])
+        num = sum(len(self.plan.indices(piece.shard)) for piece in left)
+        if not num or not self.processes.main:
+            return
+        size = self.plan.size() * num // self.plan.num
+        free = self.folder.free()
+        if free is not None and size > free:
+            raise UserError(
+                f"{self.folder.place}: {num:,} pairs take {_bytes(size)}, and {_bytes(free)} are "
+                "free; give pairs.path another place, or set pairs.store=fp16 or uint8"
+            )
+        rate = self._timed() * self.processes.world
+        ways = f"{self.plan.steps} {self.walk.solver.kind} steps"
+        self.watch.say(
+            f"pairs: {num:,} of {self.plan.num:,} to make, {_bytes(size)} in {self.folder.place}; "
+            f"about {_duration(num / rate)} at {rate:.0f}/s ({ways})"
         )
-    return root
+
+    def _timed(self) -> float:
+        """Pairs a second, from one batch on a few steps."""
+        index = torch.arange(min(self.own.batch_size, self.plan.num))
+        z, cond = self.plan.noise(index), self.walk.cond(self.plan.labels(index))
+        self.walk.image(z, cond, 1)  # the first pass of all is slower
+        began = time.perf_counter()
+        self.walk.image(z, cond, TIMED_STEPS)
+        seconds = time.perf_counter() - began
+        return len(index) * TIMED_STEPS / max(seconds, 1e-9) / self.plan.steps
 
 
-def weights_hash(den: Denoiser) -> str:
-    """Short hash of a network's weights."""
-    total = hashlib.sha256()
-    for name, value in sorted(den.weights().items()):
-        total.update(name.encode())
-        total.update(value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()[:16]
+class _Rate:
+    """How many pairs are there and how fast they come, from all workers that this one sees."""
+
+    def __init__(self, watch: Watch, plan: PairPlan, part: tuple[int, int]) -> None:
+        self.watch, self.began = watch, time.monotonic()
+        mine = list(pieces(plan))[part[0] :: part[1]]
+        self.num = sum(len(plan.indices(piece.shard)) for piece in mine)
+        self.before = self.last = -1
+
+    def told(self, there: int, made: int) -> None:
+        """See :func:`stepdistill.data.pairs.make.make_pairs`."""
+        if self.before < 0:
+            self.before = self.last = there
+        if there == self.last:
+            return
+        self.last = there
+        seconds = time.monotonic() - self.began
+        self.watch.pairs(there, self.num, max(there - self.before, made) / max(seconds, 1e-9))
+
+
+def _bytes(count: int) -> str:
+    size, unit = float(count), "B"
+    for unit in ("B", "KB", "MB", "GB", "TB"):
+        if size < 1000 or unit == "TB":
+            break
+        size /= 1000
+    return f"{size:.3g} {unit}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"

@@ -6,15 +6,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
+from stepdistill.commands.check_fit import check_fit
 from stepdistill.commands.job import job
-from stepdistill.commands.pairs import make, plan_of
+from stepdistill.commands.pairs import Source as PairSource
 from stepdistill.commands.read import read_config
 from stepdistill.commands.watch import Watch
 from stepdistill.data.batch import Batch
 from stepdistill.data.images import ImageSet, open_data
 from stepdistill.data.loader import Loader
-from stepdistill.data.order import share
-from stepdistill.data.pairs import PairStore
 from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.run.errors import UserError
 from stepdistill.run.ranks import Processes
@@ -92,7 +91,7 @@ class Source:
         if self.images is not None:
             return self._of_images(self.images, start)
         if self.trainer.needs == "pairs":
-            return self._of_pairs(self._pairs(), start)
+            return self._of_pairs(start)
         return (self.trainer.batch(step) for step in range(start, self.trainer.config.steps))
 
     def _of_images(self, images: ImageSet, start: int) -> Iterator[Batch]:
@@ -110,33 +109,9 @@ class Source:
             for step, x, label in loader:
                 yield self.trainer.batch(step, x, label)
 
-    def _pairs(self) -> PairStore:
-        """The config's store, made where it is missing."""
-        c, teacher = self.trainer.config, self.trainer.teacher
-        return PairStore(make(c, teacher, self.processes, self.watch), plan_of(c, teacher))
-
-    def _of_pairs(self, store: PairStore, start: int) -> Iterator[Batch]:
-        c, p = self.trainer.config, self.processes
-        part = share(c.batch_size, p.rank, p.world)
-        for step in range(start, c.steps):
-            z, x, label = store.batch(step, c.batch_size, c.seed, part, p.device)
-            yield self.trainer.batch(step, x, label, z)
-
-
-def check_fit(images: ImageSet, teacher: Denoiser) -> None:
-    """Refuse images whose shape or classes are not the network's."""
-    if images.shape != teacher.sample_shape:
-        raise UserError(
-            f"data.source={images.name}: images are {images.shape}, the network takes "
-            f"{teacher.sample_shape}; set data.size and data.channels"
-        )
-    if teacher.classes and not images.classes:
-        raise UserError(
-            f"data.source={images.name} has no class labels, and the teacher takes one of "
-            f"{len(teacher.classes)}; sort the images into class folders or give a metadata file"
-        )
-    if teacher.classes and len(images.classes) > len(teacher.classes):
-        raise UserError(
-            f"data.source={images.name} has {len(images.classes)} classes, the teacher "
-            f"{len(teacher.classes)}"
-        )
+    def _of_pairs(self, start: int) -> Iterator[Batch]:
+        t = self.trainer
+        pairs = PairSource(t.config, t.teacher, self.processes, self.watch).batches(start)
+        with closing(pairs):
+            for step, (z, x, label) in enumerate(pairs, start):
+                yield t.batch(step, x, label, z)

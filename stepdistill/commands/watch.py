@@ -96,11 +96,10 @@ class Watch:
             print(f"{line}  ETA {left:.0f} s", file=sys.stderr, flush=True)
             self._told = time.monotonic()
 
-    def pairs(self, done: int, num: int, seconds: float) -> None:
-        """Pairs made so far, with their rate and what is left."""
+    def pairs(self, done: int, num: int, rate: float) -> None:
+        """Pairs that are there, how many come in a second, and what is left."""
         if not self.main or (done < num and time.monotonic() - self._told < 10):
             return
-        rate = done / max(seconds, 1e-9)
         left = (num - done) / max(rate, 1e-9)
         print(f"pairs {done}/{num}  {rate:.0f}/s  ETA {left:.0f} s", file=sys.stderr, flush=True)
         self._told = time.monotonic()

@@ -57,7 +57,7 @@ class Process(ABC):
     def log_snr(self, t: Tensor) -> Tensor:
         """log(alpha^2 / sigma^2), strictly decreasing in t."""
         c = self.coefs(t)
-        return 2 * (c.alpha.log() - c.sigma.log())
+        return 2 * (c.alpha.clamp_min(0).log() - c.sigma.log())  # cos(pi / 2) is below 0 in fp32
 
     def flow_time(self, t: Tensor) -> Tensor:
         """Rectified flow's time of the same log-SNR: sigma / (alpha + sigma), 0 to 1."""

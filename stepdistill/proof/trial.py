@@ -16,10 +16,9 @@ from torch import Tensor
 
 from stepdistill.data.batch import Batch
 from stepdistill.data.order import share
-from stepdistill.data.pairs import PairPlan, PairStore, make_pairs
-from stepdistill.diffusion.cond import Cond
-from stepdistill.diffusion.sampler import sample
-from stepdistill.diffusion.timesteps import uniform_grid
+from stepdistill.data.pairs.folder import open_folder
+from stepdistill.data.pairs.make import make_pairs
+from stepdistill.data.pairs.store import PairStore
 from stepdistill.oracles.denoiser import Oracle
 from stepdistill.oracles.named import Teacher, form_at
 from stepdistill.proof.student import Kind, begin
@@ -28,6 +27,7 @@ from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Trainer
 from stepdistill.trainers.find import trainer as find_trainer
 from stepdistill.trainers.fixed_point import FixedPoint, Proof
+from stepdistill.trainers.pair_walk import PairWalk, plan_of, settings
 
 Recipe = dict[str, Any]
 FAST = {"betas": (0.9, 0.99)}
@@ -218,26 +218,12 @@ def _samples(made: Trainer, step: int, teacher: Teacher) -> Batch:
 
 
 def _pairs(made: Trainer, folder: Path) -> Callable[[Trainer, int], Batch]:
-    pairs, guidance, oracle = made.config.pair_store, made.config.guidance, made.teacher
-    assert pairs is not None
-    plan = PairPlan(
-        teacher="oracle",
-        precision="fp32",
-        steps=pairs.steps,
-        guidance=guidance,
-        num=pairs.num,
-        seed=pairs.seed,
-        shape=oracle.sample_shape,
-        classes=len(oracle.classes),
-        shard=pairs.shard,
+    pairs, oracle = settings(made.config), made.teacher
+    plan = plan_of(made.config, oracle, name="oracle")
+    walk = PairWalk(made.config, oracle, plan)
+    make_pairs(
+        open_folder(folder), plan, walk, batch_size=pairs.batch_size, told=lambda there, made: None
     )
-    grid = uniform_grid(oracle.process, pairs.steps)
-
-    def draw(z: Tensor, cond: Cond) -> Tensor:
-        with torch.no_grad():
-            return sample(oracle, z, grid, cond, guidance=guidance)
-
-    make_pairs(folder, plan, draw, batch_size=pairs.batch_size, told=lambda count: None)
     store = PairStore(folder, plan)
 
     def batch(trainer: Trainer, step: int) -> Batch:

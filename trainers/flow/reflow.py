@@ -55,7 +55,12 @@ class ReflowTrainer(Trainer):
     def fixed_point(self) -> FixedPoint:
         """Straight paths that end where the pairs do: at the end of the teacher's own walk."""
         grid = uniform_grid(self.process, self.config.pairs.steps)
-        return FixedPoint("map", follow=lambda t: grid, straight=True)
+        solver = self.config.pairs.walk
+        if solver is None:
+            return FixedPoint("map", follow=lambda t: grid, straight=True)
+        whole = solver.model_copy(update={"substeps": self.config.pairs.steps})
+        ends = (grid[0], grid[-1])  # of one walk: some solvers remember the step before
+        return FixedPoint("map", follow=lambda t: ends, solver=whole, straight=True)
 
     def turns(self, step: int) -> list[Turn]:
         """One player, one turn."""

@@ -147,7 +147,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "sida": {"adversarial": {"adversary": {"from_step": 0}}},
     "tbcm": {
-        "walks": {"points": 2},
+        "walks": {"points": 2} | EXACT,
         "plain tangent": {"points": 2, "adaptive": False, "guidance": 1.5} | EXACT,
     },
     "twin_flow": {"teacher": {"guidance": 1.5, "c": 1.0, "short": 0.1}},

@@ -32,9 +32,9 @@ class Stopped(Exception):  # noqa: N818
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> list[str]:
-    """The known name that a wrong one is nearest to, if any; of two the one it goes on from."""
+    """The known name nearest to a wrong one, if any; first that whose last letter is doubled."""
     near = difflib.get_close_matches(name, list(known), 3, cutoff)
-    return sorted(near, key=lambda one: not name.startswith(one))[:1]
+    return sorted(near, key=lambda one: name != one + one[-1:])[:1]
 
 
 def hint(name: str, known: Iterable[str], otherwise: str = "known are") -> str:

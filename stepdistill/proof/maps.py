@@ -90,7 +90,7 @@ def judge_map(made: Judge) -> None:
         gaps, sizes = [], []
         for label, cond in conds(trial):
             z, x = drawn(trial, student, steps, cond)
-            if trial.point.straight:  # one step of the ideal, from this very noise
+            if point.straight or point.joint:  # one step of the ideal, from this very noise
                 assert point.follow is not None
                 top = point.follow(trial.trainer.top)[0]  # where the teacher's own walk begins
                 x_ideal = ideal(first_state(ideal.process, z, top), full(z, top), cond).x

@@ -85,12 +85,7 @@ class LineTrainer(Trainer):
     def fixed_point(self) -> FixedPoint:
         """The end of the teacher's own walk, with which the pairs were made, from every noise."""
         grid = uniform_grid(self.process, self.config.pairs.steps)
-        return FixedPoint("map", follow=lambda t: grid, straight=self.straightens)
-
-    @property
-    def straightens(self) -> bool:
-        """Whether the student learns the whole of its paths."""
-        return self.flows
+        return FixedPoint("map", follow=lambda t: grid, straight=self.flows)
 
     def turns(self, step: int) -> list[Turn]:
         """One player, one turn."""

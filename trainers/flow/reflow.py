@@ -68,7 +68,7 @@ class ReflowTrainer(LineTrainer):
         "pairs": Proof(("gaussian", "gmm1d", "gmm2d", "classes"), {"metric": "l2"}),
         "huber": Proof(("gaussian",), {"metric": "huber"}),
         "rf++": Proof(
-            ("gaussian", "gmm2d"),
+            ("gaussian",),
             {"metric": "faded_huber", "perceptual": {"weight": 0.1}, "update": "initial"},
         ),
     }

@@ -51,7 +51,7 @@ class KDTrainer(LineTrainer):
     Config = KDConfig
     config: KDConfig
     proofs: ClassVar = {
-        "one step": Proof(("gaussian", "gmm1d", "gmm2d", "classes"), effort=0.5),
+        "one step": Proof(("gaussian", "gmm1d", "gmm2d", "classes")),
         "two steps": Proof(("gaussian",), {"student_steps": 2}, effort=0.5),
     }
 

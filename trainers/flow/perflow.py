@@ -61,8 +61,11 @@ class PeRFlowTrainer(Trainer):
     needs = "data"
     proofs: ClassVar = {
         "windows": Proof(
-            ("gaussian", "gmm1d", "gmm2d", "classes"),
-            {"solver": {"kind": "euler", "substeps": 4}},
+            ("gaussian", "classes"), {"solver": {"kind": "euler", "substeps": 4}}, effort=0.4
+        ),
+        "window starts": Proof(
+            ("gmm1d", "gmm2d"),
+            {"solver": {"kind": "euler", "substeps": 4}, "points": 1},
             effort=0.4,
         ),
         "huber": Proof(

@@ -6,6 +6,7 @@ where a line between noise z and image x is y = (1 - s) x + s z, with the veloci
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -37,7 +38,7 @@ def line_noise(x: Tensor, z: Tensor, top: Coefs) -> Tensor:
 
 
 def pair_distance(delta: Tensor, metric: PairMetric = "l2") -> Tensor:
-    """"l2" is the mean square [B]; "huber" is (sqrt(sum delta^2 + c^2) - c) / d, c = 0.00054 d.
+    """ "l2" is the mean square [B]; "huber" is (sqrt(sum delta^2 + c^2) - c) / d, c = 0.00054 d.
 
     Source: 2-rectified flow++ (Lee et al. 2024), its Huber premetric; spec 1.4.
     """
@@ -107,4 +108,4 @@ def mixed_noise(z: Tensor, other: Tensor, beta: float) -> Tensor:
 
     Source: SlimFlow (Zhu et al. 2024), annealing reflow; spec 7.
     """
-    return (1 - beta * beta) ** 0.5 * z + beta * other
+    return math.sqrt(1 - beta * beta) * z + beta * other

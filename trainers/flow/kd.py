@@ -19,7 +19,6 @@ from stepdistill.trainers.fixed_point import FixedPoint, Proof
 from stepdistill.trainers.flow.lines import (
     LineConfig,
     LineTrainer,
-    Perceptual,
     PerceptualConfig,
 )
 
@@ -60,7 +59,7 @@ class KDTrainer(LineTrainer):
         super().setup()
         c = self.config
         self.sizes = (c.student_steps,)
-        self.perceptual = c.perceptual and Perceptual(c.perceptual, self.teacher.sample_shape)
+        self.perceptual = self.look(c.perceptual)
         self.levels = torch.tensor(self.grid[:-1], device=self.device, dtype=torch.float32)
 
     @property

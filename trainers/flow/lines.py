@@ -6,6 +6,8 @@ the student's sampler does, and its velocity is the difference of the student's 
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -21,7 +23,7 @@ from stepdistill.losses.terms import network
 from stepdistill.run.errors import UserError
 from stepdistill.run.plug import Plugged
 from stepdistill.run.rng import Rng
-from stepdistill.trainers.base import Trainer, Turn
+from stepdistill.trainers.base import Loss, Trainer, Turn
 from stepdistill.trainers.fixed_point import FixedPoint
 from stepdistill.trainers.settings import PairsConfig, Section, TrainConfig
 
@@ -90,6 +92,14 @@ class LineTrainer(Trainer):
     def turns(self, step: int) -> list[Turn]:
         """One player, one turn."""
         return [Turn("student", self.loss)]
+
+    @abstractmethod
+    def loss(self, batch: Batch, rng: Rng) -> Loss:
+        """What the student is held to."""
+
+    def look(self, config: PerceptualConfig | None) -> Perceptual | None:
+        """The distance by a frozen network that a config asks for, if it does."""
+        return None if config is None else Perceptual(config, self.teacher.sample_shape)
 
     def pair(self, batch: Batch, rng: Rng) -> tuple[Tensor, Tensor]:
         """Image and noise [B, *S] of the batch, of some mirrored where the config says so."""

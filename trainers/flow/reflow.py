@@ -21,7 +21,6 @@ from stepdistill.trainers.fixed_point import Proof
 from stepdistill.trainers.flow.lines import (
     LineConfig,
     LineTrainer,
-    Perceptual,
     PerceptualConfig,
 )
 
@@ -93,7 +92,7 @@ class ReflowTrainer(LineTrainer):
                 "the initial; set update=null, or take a flow teacher and start=null"
             )
         self.noise = c.update or "predicted"
-        self.perceptual = c.perceptual and Perceptual(c.perceptual, self.teacher.sample_shape)
+        self.perceptual = self.look(c.perceptual)
 
     def loss(self, batch: Batch, rng: Rng) -> Loss:
         """Velocity against the pair's straight path, and the images beside it."""

@@ -1,4 +1,4 @@
-"""SlimFlow: reflow into a smaller student by annealing its noise, then one step guided by that flow.
+"""SlimFlow: reflow into a smaller student by annealing its noise, then one step that it guides.
 
 Two runs of one method: ``stage: anneal`` trains a small flow on a large teacher's pairs, and, with
 the small flow as the teacher, ``stage: distil`` trains the one-step student.
@@ -27,7 +27,6 @@ from stepdistill.trainers.flow.denoising import NetworkConfig
 from stepdistill.trainers.flow.lines import (
     LineConfig,
     LineTrainer,
-    Perceptual,
     PerceptualConfig,
 )
 from stepdistill.trainers.smaller import smaller
@@ -100,7 +99,7 @@ class SlimFlowTrainer(LineTrainer):
         self.flows, self.sizes = not distil, (1,) if distil else (1, 2, 4, 8)
         source = smaller(c.network, c.seed, self.teacher) if c.network else self.initial
         self.add_player("student", source, c.optim, ema=True, total=c.steps)
-        self.perceptual = c.perceptual and Perceptual(c.perceptual, self.teacher.sample_shape)
+        self.perceptual = self.look(c.perceptual)
 
     def turns(self, step: int) -> list[Turn]:
         """One player, one turn."""
@@ -133,7 +132,7 @@ class SlimFlowTrainer(LineTrainer):
         return Loss(loss, {"loss": loss, "pairs": pairs, "two_steps": steps})
 
     def second(self, guess: Tensor, z: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """Where the flow leads from states at t [B] on the way from noise to the student's guess."""
+        """Where the flow leads from states at t [B], between noise and the student's guess."""
         x_t = self.process.noise(guess, self.line(guess, z), t)
         return guided(self.teacher, x_t, t, cond, self.config.guidance).x
 

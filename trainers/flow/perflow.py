@@ -68,10 +68,8 @@ class PeRFlowTrainer(Trainer):
             {"solver": {"kind": "euler", "substeps": 4}, "points": 1},
             effort=0.4,
         ),
-        "huber": Proof(
-            ("gaussian",),
-            {"solver": {"kind": "heun", "substeps": 2}, "metric": "huber", "points": 2},
-            effort=0.5,
+        "heun": Proof(
+            ("gaussian",), {"solver": {"kind": "heun", "substeps": 2}, "points": 2}, effort=0.5
         ),
     }
 

@@ -329,7 +329,8 @@ def test_more_steps_than_windows_draw_the_same() -> None:
             {"perceptual": {"features": {"kind": "pixels"}}},
             "perceptual.features: a level of kind=pixels has one channel",
         ),
-        ("perflow", {"solver": "sde"}, "solver=sde: lines lead from one state"),
+        ("perflow", {"solver": "sde"}, "solver=sde: lines lead to where the teacher's steps do"),
+        ("perflow", {"solver": "data"}, "solver=data: lines lead to where"),
         ("slim_flow", {"perceptual": {}}, "perceptual: .*set perceptual=null, or stage=distil"),
         (
             "slim_flow",

@@ -17,19 +17,18 @@ from stepdistill.diffusion.process import expand
 from stepdistill.diffusion.timesteps import Grid, nearest, uniform_grid
 from stepdistill.losses.reflow import PairMetric, pair_distance, window_line
 from stepdistill.run.errors import UserError
-from stepdistill.run.plug import Plugged
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Loss, Pass, Trainer, Turn
 from stepdistill.trainers.fixed_point import FixedPoint, Proof
 from stepdistill.trainers.settings import TrainConfig
-from stepdistill.trainers.solvers import Asked, Euler, Walk
+from stepdistill.trainers.solvers import Asked, Euler, Solved, Walk
 
 
 class PeRFlowConfig(TrainConfig):
     """Settings of ``perflow``."""
 
     windows: int = Field(4, ge=1, le=16, description="windows of time, even in progress")
-    solver: Plugged[Walk] = Field(
+    solver: Solved = Field(
         default_factory=lambda: Euler(substeps=8),
         description="the teacher's steps through a window; one that draws no noise",
     )
@@ -77,14 +76,16 @@ class PeRFlowTrainer(Trainer):
         """The student starts as the teacher.
 
         Raises:
-            UserError: a solver whose ends are drawn, or an output without a velocity at the end.
+            UserError: a solver that does not ask the teacher or draws noise, or an output without
+                a velocity at the clean end.
         """
         c = self.config
-        if c.solver.random:
+        if not isinstance(c.solver, Walk) or c.solver.random:
             raise UserError(
-                f"solver={c.solver.kind}: lines lead from one state to one other, and this draws "
-                "noise; use euler, heun or dpm, or set eta=0"
+                f"solver={c.solver.kind}: lines lead to where the teacher's steps do, without "
+                "chance; use euler, heun or dpm"
             )
+        self.walk = c.solver
         if self.teacher.head.name == "x0":
             raise UserError(
                 "teacher: perflow regresses velocities, and that of a network which predicts clean "
@@ -101,7 +102,7 @@ class PeRFlowTrainer(Trainer):
     @property
     def fixed_point(self) -> FixedPoint:
         """At a window's noisy end, a step to the end of the teacher's walk through the window."""
-        return FixedPoint("map", follow=self.through, solver=self.config.solver)
+        return FixedPoint("map", follow=self.through, solver=self.walk)
 
     def through(self, t: float) -> Grid:
         """The window that begins at a time, as the times of a walk."""
@@ -134,7 +135,7 @@ class PeRFlowTrainer(Trainer):
         with torch.no_grad():
             noisy = expand(high >= self.levels[0], z)
             first = torch.where(noisy, a.sigma * z, process.noise(batch.x, z, high))
-            last = c.solver(Asked(self.teacher, batch.cond, c.guidance), first, high, low)
+            last = self.walk(Asked(self.teacher, batch.cond, c.guidance), first, high, low)
             x_t, v = window_line(first, last, a, b, at)
         pred = self.denoiser("student")(x_t, t, batch.cond)
         loss = pair_distance(pred.drift - v, c.metric).mean()
@@ -143,7 +144,7 @@ class PeRFlowTrainer(Trainer):
     def passes(self) -> list[Pass]:
         """The student, and the teacher's walk through a window."""
         size = 2 if self.config.guided else 1
-        walk = Pass("teacher", "forward", self.config.solver.passes, batch=size)
+        walk = Pass("teacher", "forward", self.walk.passes, batch=size)
         return [Pass("student", "train"), walk]
 
 

@@ -56,6 +56,8 @@ class LiteralGridScheduler(SchedulerMixin, ConfigMixin):
         noise: where n comes from: ``predicted``, ``fresh`` or ``initial``.
         default_steps: the number of steps taken when none is asked for.
         clip: clamp every clean estimate to [-clip, clip]; None does not.
+        stock: for a network that knows all times, and may be walked by any grid: a stock scheduler
+            that tells its process and output, as its config with ``_class_name``; else None.
 
     Raises:
         ValueError: a grid that is empty, incomplete or singular, an unknown noise source, or a
@@ -71,12 +73,17 @@ class LiteralGridScheduler(SchedulerMixin, ConfigMixin):
         noise: str = "predicted",
         default_steps: int = 1,
         clip: float | None = None,
+        stock: Mapping[str, Any] | None = None,
     ) -> None:
         if noise not in NOISE_SOURCES:
             raise ValueError(f"noise is {noise!r}; known sources are {', '.join(NOISE_SOURCES)}")
         literal = {str(steps): _checked(str(steps), rows) for steps, rows in grids.items()}
         self.register_to_config(
-            grids=literal, noise=noise, default_steps=int(default_steps), clip=clip
+            grids=literal,
+            noise=noise,
+            default_steps=int(default_steps),
+            clip=clip,
+            stock=None if stock is None else dict(stock),
         )
         self.set_timesteps()
 

@@ -83,6 +83,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
             "adversary": {"student": 0.1, "r1": 1.0},
         },
     },
+    "kd": {"features": {"student_steps": 2, "metric": "huber", "perceptual": {}, "guidance": 1.5}},
     "ladd": {"teacher": {"student_steps": 2, "discriminator_steps": 2, "adversary": {"r1": 1.0}}},
     "crd": {"tilted by a reward": {"group_size": 2, "student_steps": 2, "guidance": 1.5}},
     "lcm": {
@@ -119,6 +120,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "noise": {"guidance": 2.0, "student_steps": 2, "denominator": "flow"},
         "diverse": {"guidance": 2.0, "student_steps": 1, "terms": ({"kind": "diversity"},)},
     },
+    "perflow": {"guided": {"guidance": 1.5, "points": None, "solver": {"kind": "dpm"}}},
     "phased_dmd": {
         "default": {},
         "no_rollout": {"critic_rollout": False, "critic_steps": 2, "phase_steps": 3},
@@ -146,6 +148,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
     "sida": {"adversarial": {"adversary": {"from_step": 0}}},
+    "slim_flow": {"distil": {"stage": "distil", "guidance": 1.5, "perceptual": {}}},
     "tbcm": {
         "walks": {"points": 2} | EXACT,
         "plain tangent": {"points": 2, "adaptive": False, "guidance": 1.5} | EXACT,

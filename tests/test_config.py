@@ -23,7 +23,8 @@ KEYS = (  # that scripts rely on
     " checkpoint.every_steps checkpoint.keep resume data.on_error"
 ).split()
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
-NAMED = {f"{name}-digits": name for name in ("snoopi", "stream_r1", "sid_lsg", "ict", "ect")}
+PAPERS = ("snoopi", "stream_r1", "sid_lsg", "ict", "ect", "rfpp", "instaflow")
+NAMED = {f"{name}-digits": name for name in PAPERS}
 """Configs of papers that are settings of another method."""
 METHODS = [method.name for method in methods()]
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from stepdistill.commands.read import read_config
 from tests.helpers import mlp_teacher, run, saved
 
 SMALL = ["steps=3", "batch_size=16", "sample.every_steps=0", "eval.every_steps=0", "device=cpu"]
@@ -33,12 +34,19 @@ def commands(root: Path) -> list[str]:
     return [line for line in lines if line] + [" ".join(line.split()) for line in inline]
 
 
+def pair_store(name: str) -> bool:
+    """Whether a config makes pairs of its own, of which a few will do."""
+    return read_config(name)[1].pair_store is not None
+
+
 def small(words: list[str]) -> list[str]:
     """The same command with few steps; through this interpreter's own scripts."""
     if {"train", "teacher"} & set(words):
         words = words + SMALL
     if words[1:3] == ["pairs", "reflow-digits"]:
         words = [*words, "pairs.num=20", "pairs.steps=1"]
+    if "train" in words and pair_store(words[words.index("train") + 1]):
+        words = [*words, "pairs.num=64", "pairs.steps=2"]
     if "students" in words:
         words = [*words, *"--config consistency-digits --seconds 1 --seeds 0 --num 100".split()]
     elif "--num" in words:

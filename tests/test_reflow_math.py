@@ -15,6 +15,7 @@ from stepdistill.diffusion.sampler import full, heun_step, sample
 from stepdistill.diffusion.timesteps import uniform_grid
 from stepdistill.losses.reflow import velocity_loss
 from stepdistill.oracles.denoiser import Oracle
+from stepdistill.run.errors import UserError
 from stepdistill.run.rng import Rng
 from tests.helpers import hermite, hermite2, make, small_mlp
 
@@ -118,10 +119,11 @@ def test_two_rectified_flow_is_reflow_s_fixed_point(metric) -> None:
     assert float(made.loss(made.batch(0, x=x.roll(1, 0), z=z), Rng(0)).value) > 0.1
 
 
-def test_reflow_refuses_other_teachers() -> None:
+def test_pairs_refuse_velocities_that_are_singular_at_the_clean_end() -> None:
     teacher = Oracle(RF(), "x0", torch.zeros(1, 1))
-    with pytest.raises(ValueError, match="flow"):
-        make("reflow", teacher)
+    for method in ("reflow", "kd", "slim_flow", "perflow"):
+        with pytest.raises(UserError, match=f"teacher: {method} regresses velocities"):
+            make(method, teacher)
 
 
 def test_velocity_loss_values() -> None:

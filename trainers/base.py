@@ -111,6 +111,7 @@ class Trainer(ABC):
     kept: tuple[str, ...] = ()  # keys that a resumed run must not change, beside those of any
     clips: ClassVar[bool] = False
     shortens: ClassVar[bool] = True  # whether students reach the teacher's law in fewer steps
+    flows: bool = False  # whether the student is the field of a flow: a teacher as its own was
     proofs: ClassVar[Mapping[str, Proof]] = {}
 
     def __init__(

@@ -35,6 +35,7 @@ class FixedPoint:
         solver: of the walk; of one that draws noise, the mean.
         ends: the student is told where a step ends, and lands where that walk passes by.
         straight: the student's own paths are straight: one step lands where many do.
+        joint: a walk of several of the student's steps ends where one step of the map leads.
         smooth: the student is compared by derivatives in time, or at all times at once, so that
             the small student of a proof is smooth in time.
         sampled: each sample's target is right on average alone, so that the student is known as far
@@ -52,6 +53,7 @@ class FixedPoint:
     solver: Literal["euler", "heun"] | Walk = "euler"
     ends: bool = False
     straight: bool = False
+    joint: bool = False
     smooth: bool = False
     sampled: bool = False
     tilt: Callable[[Mixture], Mixture] | None = None

@@ -14,6 +14,7 @@ from stepdistill.commands.read import read_config
 from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser, Experts, Routed
 from stepdistill.diffusion.sampler import sample
+from stepdistill.diffusion.saved import stock_config
 from stepdistill.diffusion.timesteps import Grid
 from stepdistill.pipelines.card import model_card
 from stepdistill.pipelines.folder import refuse_taken, write_pipeline
@@ -94,6 +95,7 @@ def scheduler_of(trainer: Trainer, default: int) -> LiteralGridScheduler:
         noise=trainer.noise,
         default_steps=default,
         clip=trainer.config.clip,
+        stock=stock_config(den.process, members(den)[0].head) if trainer.flows else None,
     )
 
 

@@ -95,14 +95,23 @@ def read_classes(index: dict[str, Any], rows: int, null: int | None) -> tuple[st
 
 
 def read_scheduler(folder: Path, class_name: str) -> tuple[Process, str]:
-    """Process and head name of a saved diffusers scheduler.
+    """Process and head name of a saved diffusers scheduler, or of the stock one that it names.
 
     Raises:
-        ValueError: a scheduler whose process is not one of those known here.
+        ValueError: a scheduler whose process is not one of those known here, or of a student that
+            knows the times of its own few steps alone.
     """
     import diffusers
 
     config = json.loads((folder / "scheduler_config.json").read_text())
+    if class_name == "LiteralGridScheduler":
+        if not config.get("stock"):
+            raise ValueError(
+                f"{folder}: a student of few steps, which is no teacher; of a method that makes "
+                "flows, such as reflow, export the student again"
+            )
+        config = config["stock"]
+        class_name = config["_class_name"]
     if class_name.startswith("FlowMatch"):
         return RF(float(config.get("shift", 1.0))), "velocity"
     heads = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
@@ -116,6 +125,26 @@ def read_scheduler(folder: Path, class_name: str) -> tuple[Process, str]:
     if table is None:
         raise ValueError(f"{folder}: {class_name} has no alphas_cumprod to read a process from")
     return VP(table), heads[config.get("prediction_type", "epsilon")]
+
+
+def stock_config(process: Process, head: Head) -> dict[str, Any] | None:
+    """The config of a stock scheduler, from which :func:`read_scheduler` reads process and head.
+
+    None where diffusers has none: for EDM and TrigFlow, and for velocities of other processes.
+    """
+    kinds = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+    if isinstance(process, RF) and head.name == "velocity":
+        return {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": process.shift}
+    if not isinstance(process, VP) or head.name not in kinds:
+        return None
+    bar = torch.sigmoid(-2 * process.log_n)
+    before = torch.cat([torch.ones_like(bar[:1]), bar[:-1]])
+    return {
+        "_class_name": "DDIMScheduler",
+        "num_train_timesteps": process.size,
+        "trained_betas": [float(f"{beta:.9g}") for beta in (1 - bar / before).tolist()],
+        "prediction_type": kinds[head.name],
+    }
 
 
 def read_meaning(folder: Path, class_name: str, process: Process, head: Head) -> bool:

@@ -8,8 +8,9 @@ from torch import Tensor
 from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.diffusion.guidance import guided
+from stepdistill.diffusion.process import Process
 from stepdistill.diffusion.sampler import first_state, full, move
-from stepdistill.diffusion.timesteps import Grid
+from stepdistill.diffusion.timesteps import Grid, flow_to_process
 from stepdistill.losses.consistency import landing_estimate
 from stepdistill.oracles.mixture import Mixture
 from stepdistill.proof import measure
@@ -90,8 +91,9 @@ def judge_map(made: Judge) -> None:
         gaps, sizes = [], []
         for label, cond in conds(trial):
             z, x = drawn(trial, student, steps, cond)
-            if trial.point.straight:  # one step of the ideal, from this very noise
-                top = trial.trainer.top
+            if point.straight or point.joint:  # one step of the ideal, from this very noise
+                assert point.follow is not None
+                top = point.follow(trial.trainer.top)[0]  # where the teacher's own walk begins
                 x_ideal = ideal(first_state(ideal.process, z, top), full(z, top), cond).x
             else:
                 _, x_ideal = drawn(trial, ideal, steps, cond)
@@ -152,18 +154,32 @@ def gain(trial: Trial, times: Grid, std: float) -> float | None:
 
 
 def _straight(made: Judge) -> None:
-    """Straightness of the student's paths in 32 even steps, over that of the teacher's."""
+    """Straightness of the student's paths in 32 even steps, over that of the teacher's.
+
+    In rectified flow's coordinates, where lines are straight whatever the process.
+    """
     trial = made.trial
+    process, top = trial.trainer.process, trial.trainer.top
     found = []
     for den, scale in ((trial.trainer.best(), 1.0), (trial.teacher.oracle, trial.teacher.guidance)):
         total = 0.0
         for _, cond in conds(trial):
             z = measure.even_normals(POINTS, trial.teacher.mixture.dim).float()
-            times = tuple(trial.trainer.top * (1 - i / 32) for i in range(33))
-            path = [first_state(trial.trainer.process, z, trial.trainer.top)]
+            times = even_times(process, top, 32)
+            path = [first_state(process, z, top)]
             for t, r in zip(times, times[1:], strict=False):
                 pred = guided(den.at(t), path[-1], full(z, t), cond, scale)
-                path.append(move(pred, trial.trainer.process, full(z, r)))
-            total += measure.straightness(path)
+                path.append(move(pred, process, full(z, r)))
+            sizes = [process.coefs(full(z, t)).expand(z) for t in times]
+            total += measure.straightness(
+                [x_t / (c.alpha + c.sigma) for x_t, c in zip(path, sizes, strict=True)]
+            )
         found.append(total)
     made.add("straightness, of the teacher's", found[0] / found[1], 0.1, steps=32)
+
+
+def even_times(process: Process, top: float, steps: int) -> Grid:
+    """Times from ``top`` to 0 that are even in rectified flow's time."""
+    whole = process.flow_time(torch.tensor([top], dtype=torch.float64))
+    s = whole * (1 - torch.arange(1, steps, dtype=torch.float64) / steps)
+    return (top, *flow_to_process(s, process).tolist(), 0.0)

@@ -1,80 +1,116 @@
-"""Reflow: straighten a flow by regressing its velocity on its own pairs of noise and image."""
+"""Reflow: straighten a flow by regressing its velocity on its own pairs of noise and image.
+
+Any diffusion model is a flow up to scale and time, so that teachers which predict noise, v or EDM's
+output will do as well. A student is again a flow: its exported pipeline is the teacher of the next
+round.
+"""
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from stepdistill.data.batch import Batch
-from stepdistill.diffusion.timesteps import Density, UShaped, uniform_grid
+from stepdistill.diffusion.timesteps import Density, UShaped
 from stepdistill.losses.reflow import ReflowMetric, velocity_loss
 from stepdistill.run.errors import UserError
 from stepdistill.run.rng import Rng
-from stepdistill.trainers.base import Loss, Pass, Trainer, Turn
-from stepdistill.trainers.fixed_point import FixedPoint, Proof
-from stepdistill.trainers.settings import PairsConfig, TrainConfig
+from stepdistill.trainers.base import Loss, Pass
+from stepdistill.trainers.fixed_point import Proof
+from stepdistill.trainers.flow.lines import (
+    LineConfig,
+    LineTrainer,
+    PerceptualConfig,
+)
+
+LEAST_TIME = 1e-5  # by which a perceptual distance is divided at most
 
 
-class ReflowConfig(TrainConfig):
+class FlowPerceptualConfig(PerceptualConfig):
+    """LPIPS's distance beside the velocity's, as in 2-rectified flow++."""
+
+    divided: bool = Field(
+        True, description="divide it by the flow's time (small images), or not (ImageNet's recipe)"
+    )
+
+
+class ReflowConfig(LineConfig):
     """Settings of ``reflow``."""
 
-    pairs: PairsConfig = Field(default_factory=PairsConfig, description="noise and its images")
     t: Density = Field(default_factory=UShaped, description="density of training times")
     metric: ReflowMetric = Field("huber", description="l2, huber, or faded_huber (1 - t)")
+    perceptual: FlowPerceptualConfig | None = Field(
+        None, description="a distance of features beside it, with faded_huber; null: none"
+    )
+    update: Literal["predicted", "initial"] | None = Field(
+        None,
+        description="the noise of a step's end: predicted, which is Euler's step, or the initial "
+        "one, rf++'s new update, for flows from pure noise; null: predicted",
+    )
 
-    @property
-    def pair_store(self) -> PairsConfig:
-        """See :attr:`TrainConfig.pair_store`."""
-        return self.pairs
 
+class ReflowTrainer(LineTrainer):
+    """One reflow round with rf++'s density and premetrics (Lee et al. 2024), specs 4 and 6.
 
-class ReflowTrainer(Trainer):
-    """One reflow round with rf++'s density and premetric (Lee et al. 2024), specs 4 and 6."""
+    2-rectified flow++ is ``metric: faded_huber`` with ``perceptual``, of any of these teachers
+    (``rfpp-digits``). Here: LPIPS is of whatever frozen network the config names; times are drawn
+    one by one, where the paper draws t and 1 - t jointly; and a noise predictor's paths begin a
+    little below pure noise (``start``), its velocity being singular there.
+    """
 
     Config = ReflowConfig
     config: ReflowConfig
-    needs = "pairs"
+    flows = True
     sizes = (1, 2, 4, 8)
     proofs: ClassVar = {
         "pairs": Proof(("gaussian", "gmm1d", "gmm2d", "classes"), {"metric": "l2"}),
         "huber": Proof(("gaussian",), {"metric": "huber"}),
+        "rf++": Proof(
+            ("gaussian",),
+            {"metric": "faded_huber", "perceptual": {"weight": 0.1}, "update": "initial"},
+        ),
     }
 
     def setup(self) -> None:
-        """The student starts as the teacher; straight paths need a flow's velocity."""
-        if self.process.name != "rf" or self.teacher.head.name != "velocity":
+        """See :meth:`LineTrainer.setup`.
+
+        Raises:
+            UserError: a perceptual distance beside a velocity's that leaves it no room, or the
+                initial noise where paths do not begin at pure noise.
+        """
+        super().setup()
+        c = self.config
+        if c.perceptual is not None and c.metric != "faded_huber":
             raise UserError(
-                f"teacher: reflow straightens flow models, and this one is {self.process.name} "
-                f"with a {self.teacher.head.name} head; use a FlowMatch teacher such as digits-dit"
+                f"perceptual: 2-rectified flow++ has it beside metric=faded_huber, and not "
+                f"{c.metric}; set that, or perceptual=null"
             )
-        total = self.config.steps
-        self.add_player("student", self.initial, self.config.optim, ema=True, total=total)
-
-    @property
-    def fixed_point(self) -> FixedPoint:
-        """Straight paths that end where the pairs do: at the end of the teacher's own walk."""
-        grid = uniform_grid(self.process, self.config.pairs.steps)
-        solver = self.config.pairs.walk
-        if solver is None:
-            return FixedPoint("map", follow=lambda t: grid, straight=True)
-        whole = solver.model_copy(update={"substeps": self.config.pairs.steps})
-        ends = (grid[0], grid[-1])  # of one walk: some solvers remember the step before
-        return FixedPoint("map", follow=lambda t: ends, solver=whole, straight=True)
-
-    def turns(self, step: int) -> list[Turn]:
-        """One player, one turn."""
-        return [Turn("student", self.loss)]
+        if c.update == "initial" and (self.process.name != "rf" or self.start != 1):
+            raise UserError(
+                "update=initial: paths from another state than pure noise have another noise than "
+                "the initial; set update=null, or take a flow teacher and start=null"
+            )
+        self.noise = c.update or "predicted"
+        self.perceptual = self.look(c.perceptual)
 
     def loss(self, batch: Batch, rng: Rng) -> Loss:
-        """Velocity against the pair's straight path."""
-        assert batch.x is not None and batch.z is not None
-        t = self.config.t.sample(rng.uniform("t", batch.index), self.process)
-        x_t = self.process.noise(batch.x, batch.z, t)
-        v = self.denoiser("student")(x_t, t, batch.cond).h
-        per_sample = velocity_loss(v, batch.x, batch.z, t, self.config.metric)
-        loss = per_sample.mean()
-        return Loss(loss, {"loss": loss})
+        """Velocity against the pair's straight path, and the images beside it."""
+        c = self.config
+        x, z = self.pair(batch)
+        z = self.line(x, z)
+        t = self.drawn(c.t, rng.uniform("t", batch.index))
+        pred = self.denoiser("student")(self.process.noise(x, z, t), t, batch.cond)
+        s = self.process.flow_time(t)
+        per_sample = velocity_loss(self.velocity(pred), x, z, s, c.metric)
+        if self.perceptual is None or c.perceptual is None:
+            loss = per_sample.mean()
+            return Loss(loss, {"loss": loss})
+        seen = self.perceptual(pred.x, x)
+        if c.perceptual.divided:
+            seen = seen / s.clamp_min(LEAST_TIME)
+        loss, looks = per_sample.mean(), seen.mean()
+        return Loss(loss + looks, {"loss": loss + looks, "velocity": loss, "perceptual": looks})
 
     def passes(self) -> list[Pass]:
         """The student alone."""

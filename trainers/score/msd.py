@@ -22,9 +22,10 @@ from stepdistill.run.errors import UserError, hint
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Loss, Pass, Turn
 from stepdistill.trainers.fixed_point import Proof
-from stepdistill.trainers.flow.denoising import NetworkConfig, building, known_classes
+from stepdistill.trainers.flow.denoising import NetworkConfig
 from stepdistill.trainers.score.matching import Matching, MatchingConfig
 from stepdistill.trainers.score.rollout import GridConfig, GridTrainer
+from stepdistill.trainers.smaller import smaller
 
 MOST_STUDENTS = 4  # an exported pipeline holds as many networks
 
@@ -137,18 +138,7 @@ class MSDTrainer(Matching, GridTrainer):
             raise UserError("critic_follows: smaller students have other weights; set it to 0")
         if c.lora and "student" in c.lora.players:
             raise UserError("lora.players: a smaller student starts anew; leave the critic alone")
-        with building(c.network, c.seed) as made:
-            net = made().to(teacher.device)
-            names = known_classes(net, teacher.classes)
-            head = teacher.head.name
-            null = len(names) if names else None
-            den = Denoiser(net, self.process, head, classes=names, null_label=null)
-        if den.sample_shape != teacher.sample_shape or names != teacher.classes:
-            raise UserError(
-                f"network.config: it makes samples {den.sample_shape} of {len(names)} classes, the "
-                f"teacher {teacher.sample_shape} of {len(teacher.classes)}"
-            )
-        return den
+        return smaller(c.network, c.seed, teacher)
 
     def prepare(self, step: int) -> None:
         """See :meth:`Trainer.prepare`: the students' optimizers start over after the scores."""

@@ -144,7 +144,7 @@ class Dpm(Walk):
     """DPM-Solver++(2M): from the second step on, clean estimates are extrapolated in log-SNR.
 
     Second order with one pass a step, so that it differs from ``euler`` from two substeps on; the
-    step from pure noise and that to 0 are Euler's.
+    step from pure noise, that after it and that to 0 are Euler's.
 
     Source: DPM-Solver++ (Lu et al. 2022), its multistep solver of second order.
     """

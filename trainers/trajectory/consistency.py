@@ -79,7 +79,8 @@ class ConsistencyTrainer(Trainer):
     """Discrete consistency: distillation (Song et al. 2023; LCM), ECT, iCT; specs M2 to M5.
 
     iCT is ``scratch: true`` with ``solver: data`` and ``pairs: doubling``; ECT is ``solver: data``
-    with ``pairs: ect``, from the teacher's weights.
+    with ``pairs: ect``, from the teacher's weights. Here: pairs and their weight 1 / (t - r) are of
+    the process's own time, where ECT and iCT have noise levels, and networks have no dropout.
     """
 
     Config = ConsistencyConfig

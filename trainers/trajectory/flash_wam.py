@@ -40,7 +40,9 @@ class FlashWAMConfig(ConsistencyConfig):
 class FlashWAMTrainer(ConsistencyTrainer):
     """Modality-aware consistency of Flash-WAM, spec M17, known from its code and from notes.
 
-    Here: all groups share one time; the flow-matching term on actions, and guidance of the video
+    Here: pairs are ECT's, in the place of a stride of half of the grid, losses are weighed by
+    1 / (t - r), a distance is of whole samples, the student is its own target, and all groups share
+    one time; the flow-matching term on actions, and guidance of the video
     alone, are left out. A student of several groups has no picture pipeline, so that
     ``stepdistill export`` refuses it.
     """

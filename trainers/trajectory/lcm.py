@@ -60,7 +60,8 @@ class LCMTrainer(ConsistencyTrainer):
     """Latent consistency models (Luo et al. 2023), spec M3: guided, by skips, and LCM-LoRA.
 
     Here: estimates are the clean images themselves; of their c_skip 0.0025 and less is left at the
-    first of a thousand times already, and the distance is of whole samples. The scale w is told as 1 - 1 / w by waves of our own.
+    first of a thousand times already, and the distance is of whole samples. The scale w is told as
+    1 - 1 / w by waves of our own.
     """
 
     Config = LCMConfig

@@ -150,7 +150,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "sida": {"adversarial": {"adversary": {"from_step": 0}}},
     "slim_flow": {"distil": {"stage": "distil", "guidance": 1.5, "perceptual": {}}},
     "tbcm": {
-        "walks": {"points": 2} | EXACT,
+        "walks": {"points": 2, "norm_floor": 1.0} | EXACT,
         "plain tangent": {"points": 2, "adaptive": False, "guidance": 1.5} | EXACT,
     },
     "twin_flow": {"teacher": {"guidance": 1.5, "c": 1.0, "short": 0.1}},

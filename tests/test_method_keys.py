@@ -169,7 +169,8 @@ def test_every_key_misspelt_is_told_the_right_one(method, tmp_path) -> None:
     model, count = trainer(method).Config, 0
     for key in keys(model):
         *around, name = key.parts
-        for misspelt in {name + name[-1], name[:-1]} - {""}:
+        beside = {other.parts[-1] for other in keys(model) if other.parts[:-1] == key.parts[:-1]}
+        for misspelt in {name + name[-1], name[:-1]} - {""} - beside:
             path, length = written(method, tmp_path, nested(key, misspelt, 1))
             wrong = ".".join([*around, misspelt])
             told = f"unknown key {wrong}; did you mean {key}?"

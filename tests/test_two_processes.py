@@ -23,7 +23,7 @@ from tests.golden import SMOOTH
 from tests.recipes import METHODS
 
 KILLS = {  # in this order in one job: boundary -> whether both die there, or the first alone
-    "shard:2": False,
+    "shard:2": True,  # whichever takes it
     "turn:1": True,
     "files:2": False,
     "phase": True,

@@ -206,13 +206,7 @@ def test_mirrored_pairs_come_after_the_others(tmp_path) -> None:
 
 def test_a_store_elsewhere_is_copied_once(tmp_path) -> None:
     place = f"memory://{tmp_path.name}"
-    make_pairs(
-        open_folder(place),
-        PLAN,
-        lambda index: pairs(PLAN, index),
-        batch_size=9,
-        told=lambda *counts: None,
-    )
+    make(place)
     folder, near = open_folder(place), tmp_path / "near"
     assert fetch(folder, PLAN, near, (0, 2)) == near
     assert len(list(near.glob("pairs-*"))) == 4

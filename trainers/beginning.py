@@ -18,12 +18,24 @@ def role_of(name: str) -> str:
     return re.sub(r"_\d+$", "", name)
 
 
-def told(source: Denoiser, *numbers: str) -> Denoiser:
+def told(config: TrainConfig, source: Denoiser, *numbers: str, instead: str = "") -> Denoiser:
     """A copy of a network that is also told numbers, by name; for now it does not heed them.
 
+    Args:
+        config: of the run, whose ``lora`` must be off.
+        source: the network.
+        numbers: what it is told.
+        instead: the key, with its value, by which it would not be.
+
     Raises:
-        UserError: it is not known how its network embeds its time.
+        UserError: adapters, or it is not known how its network embeds its time.
     """
+    if config.lora is not None:
+        what = {"end": "end of a step"}.get(numbers[0], numbers[0])
+        mend = f"{instead} or lora=null" if instead else "lora=null"
+        raise UserError(
+            f"lora: adapters share the teacher's network, which is told no {what}; set {mend}"
+        )
     try:
         return source.extended(*numbers)
     except ValueError as error:

@@ -88,9 +88,11 @@ def entries_of(
         raise UserError(f"--teacher {teacher}: not shipped; {hint(teacher, TEACHERS)}")
     found = []
     for name in names or configs_of(family):
+        plain: Plain | None = None
         for number in steps:
             try:
-                found.append(entry(name, teacher, number))
+                plain = plain or taking_part(name, teacher)
+                found.append(plain.entry(number))
             except UserError as error:
                 if names:
                     raise UserError(f"--config {name}: {error}") from error
@@ -129,13 +131,48 @@ def configs_of(family: str | None) -> list[str]:
     return [name for name in names if families[read_config(name)[1].method] == family]
 
 
-def entry(name: str, teacher: str, steps: int) -> Entry:
-    """A config as it takes part, with seed 0.
+@dataclass(frozen=True)
+class Plain:
+    """A config as it takes part, before it is said in how many steps.
 
-    All learn the law of one teacher, unguided where the method does not insist.
+    Args:
+        name: of the config, or its file.
+        teacher: name of the shipped teacher.
+        keys: overrides.
+        settings: what it trains with.
+        steps: the numbers of steps that its student can sample in.
+        any_steps: whether one run serves all of them.
+    """
+
+    name: str
+    teacher: str
+    keys: tuple[str, ...]
+    settings: TrainConfig
+    steps: list[int]
+    any_steps: bool
+
+    def entry(self, steps: int) -> Entry:
+        """Its training for so many steps, with seed 0.
+
+        Raises:
+            UserError: its student cannot have these.
+        """
+        keys, settings, found = self.keys, self.settings, self.steps
+        if not self.any_steps:
+            keys = (*keys, f"student_steps={steps}")
+            if steps not in found:
+                settings, found = trained(self.name, self.teacher, keys)
+        if steps not in found:
+            raise UserError(f"its student has no {steps} steps")
+        known = digest(settings)[:8]
+        return Entry(self.name, self.teacher, steps, 0, keys, self.any_steps, known)
+
+
+def taking_part(name: str, teacher: str) -> Plain:
+    """A config as it takes part: unguided where the method does not insist, of the teacher's law.
 
     Raises:
-        UserError: no such config, or one without a student of so many steps.
+        UserError: no such config, or one that cannot be trained so.
     """
     cls, config = read_config(name)
     if not cls.shortens:
@@ -146,15 +183,8 @@ def entry(name: str, teacher: str, steps: int) -> Entry:
         insists = plain.guided or getattr(plain, "guides_fake", False)
         keys += [] if insists else ["guidance=1"]
     settings, found = trained(name, teacher, keys)
-    one_run = len(found) > 1 or "student_steps" not in cls.Config.model_fields
-    if not one_run:
-        keys += [f"student_steps={steps}"]
-        if steps not in found:
-            settings, found = trained(name, teacher, keys)
-    if steps not in found:
-        raise UserError(f"its student has no {steps} steps")
-    known = digest(settings)[:8]
-    return Entry(name, teacher, steps, 0, tuple(keys), any_steps=one_run, settings=known)
+    any_steps = len(found) > 1 or "student_steps" not in cls.Config.model_fields
+    return Plain(name, teacher, tuple(keys), settings, found, any_steps)
 
 
 def trained(name: str, teacher: str, keys: Sequence[str]) -> tuple[TrainConfig, list[int]]:

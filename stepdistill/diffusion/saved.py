@@ -13,6 +13,7 @@ from stepdistill.diffusion.heads import Head
 from stepdistill.diffusion.process import RF, VP, Process
 
 NETWORK_KEYS = ("transformer", "unet", "model")
+HEAD_NAMES = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}  # by diffusers' types
 NEAR = 1e-3  # relative: numbers of a scheduler that are one and the same
 
 
@@ -114,17 +115,16 @@ def read_scheduler(folder: Path, class_name: str) -> tuple[Process, str]:
         class_name = config["_class_name"]
     if class_name.startswith("FlowMatch"):
         return RF(float(config.get("shift", 1.0))), "velocity"
-    heads = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
     scheduler_class = getattr(diffusers, class_name, None)
-    if scheduler_class is None or config.get("prediction_type", "epsilon") not in heads:
+    if scheduler_class is None or config.get("prediction_type", "epsilon") not in HEAD_NAMES:
         raise ValueError(
             f"{folder}: cannot read a process from {class_name}; known are FlowMatch schedulers "
-            f"and those with alphas_cumprod and prediction_type {', '.join(heads)}"
+            f"and those with alphas_cumprod and prediction_type {', '.join(HEAD_NAMES)}"
         )
     table = getattr(scheduler_class.from_config(config), "alphas_cumprod", None)
     if table is None:
         raise ValueError(f"{folder}: {class_name} has no alphas_cumprod to read a process from")
-    return VP(table), heads[config.get("prediction_type", "epsilon")]
+    return VP(table), HEAD_NAMES[config.get("prediction_type", "epsilon")]
 
 
 def stock_config(process: Process, head: Head) -> dict[str, Any] | None:
@@ -132,7 +132,7 @@ def stock_config(process: Process, head: Head) -> dict[str, Any] | None:
 
     None where diffusers has none: for EDM and TrigFlow, and for velocities of other processes.
     """
-    kinds = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+    kinds = {head: kind for kind, head in HEAD_NAMES.items()}
     if isinstance(process, RF) and head.name == "velocity":
         return {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": process.shift}
     if not isinstance(process, VP) or head.name not in kinds:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -43,15 +45,8 @@ def load_teacher(
     Raises:
         UserError: it cannot be found or understood.
     """
-    try:
+    with _named(key, name):
         return Denoiser.from_pipeline(teacher_path(name), device=str(device))
-    except UserError as error:
-        raise UserError(f"{key}={error}") from error
-    except (ValueError, OSError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"{key}={name}: {first} (shipped teachers: {', '.join(TEACHERS)})"
-        ) from error
 
 
 def student_weights(name: str, den: Denoiser) -> dict[str, Tensor]:
@@ -64,12 +59,22 @@ def student_weights(name: str, den: Denoiser) -> dict[str, Tensor]:
     Raises:
         UserError: it cannot be found or understood, or is of another kind than the student.
     """
-    try:
+    with _named("student", name):
         return _weights_for(pipeline_folder(teacher_path(name)), den)
+
+
+@contextmanager
+def _named(key: str, name: str) -> Iterator[None]:
+    """What goes wrong with a pipeline, in one line that begins with the key that names it."""
+    try:
+        yield
     except UserError as error:
-        raise UserError(f"student={error}") from error
+        raise UserError(f"{key}={error}") from error
     except (ValueError, OSError) as error:
-        raise UserError(f"student={name}: {str(error).strip().splitlines()[0]}") from error
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{key}={name}: {first} (shipped teachers: {', '.join(TEACHERS)})"
+        ) from error
 
 
 def _weights_for(folder: Path, den: Denoiser) -> dict[str, Tensor]:

@@ -38,6 +38,20 @@ class PerceptualConfig(Section):
     weight: float = Field(1.0, gt=0, description="weight beside the metric")
 
 
+def refuse_singular(trainer: Trainer) -> None:
+    """Refuse a teacher whose velocity is singular at the clean end.
+
+    Raises:
+        UserError: it predicts clean images.
+    """
+    if trainer.teacher.head.name == "x0":
+        raise UserError(
+            f"teacher: {trainer.config.method} regresses velocities, and that of a network which "
+            "predicts clean images divides by the noise, 0 at the clean end; use a teacher that "
+            "predicts the velocity, v or the noise"
+        )
+
+
 class LineConfig(TrainConfig):
     """Settings of methods on pairs."""
 
@@ -62,18 +76,9 @@ class LineTrainer(Trainer):
         Raises:
             UserError: an output whose velocity is singular at the clean end.
         """
-        self.check()
+        refuse_singular(self)
         total = self.config.steps
         self.add_player("student", self.initial, self.config.optim, ema=True, total=total)
-
-    def check(self) -> None:
-        """Refuse what has no lines; see :meth:`setup`."""
-        if self.teacher.head.name == "x0":
-            raise UserError(
-                f"teacher: {self.config.method} regresses velocities, and that of a network which "
-                "predicts clean images divides by the noise, 0 at the clean end; use a teacher "
-                "that predicts the velocity, v or the noise"
-            )
 
     @property
     def fixed_point(self) -> FixedPoint:

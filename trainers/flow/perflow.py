@@ -20,6 +20,7 @@ from stepdistill.run.errors import UserError
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Loss, Pass, Trainer, Turn
 from stepdistill.trainers.fixed_point import FixedPoint, Proof
+from stepdistill.trainers.flow.lines import refuse_singular
 from stepdistill.trainers.settings import TrainConfig
 from stepdistill.trainers.solvers import Asked, Euler, Solved, Walk
 
@@ -86,12 +87,7 @@ class PeRFlowTrainer(Trainer):
                 "chance; use euler, heun or dpm"
             )
         self.walk = c.solver
-        if self.teacher.head.name == "x0":
-            raise UserError(
-                "teacher: perflow regresses velocities, and that of a network which predicts clean "
-                "images divides by the noise, 0 at the clean end; use a teacher that predicts the "
-                "velocity, v or the noise"
-            )
+        refuse_singular(self)
         self.sizes = tuple(
             c.windows * parts for parts in (1, 2, 4) if not c.points or c.points % parts == 0
         )

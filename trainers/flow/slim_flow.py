@@ -28,6 +28,7 @@ from stepdistill.trainers.flow.lines import (
     LineConfig,
     LineTrainer,
     PerceptualConfig,
+    refuse_singular,
 )
 from stepdistill.trainers.smaller import smaller
 
@@ -95,7 +96,7 @@ class SlimFlowTrainer(LineTrainer):
             )
         if c.network is not None and c.lora is not None:
             raise UserError("lora: a smaller student starts anew; set lora=null")
-        self.check()
+        refuse_singular(self)
         self.flows, self.sizes = not distil, (1,) if distil else (1, 2, 4, 8)
         source = smaller(c.network, c.seed, self.teacher) if c.network else self.initial
         self.add_player("student", source, c.optim, ema=True, total=c.steps)

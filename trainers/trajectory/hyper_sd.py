@@ -130,12 +130,7 @@ class HyperSDTrainer(SegmentsTrainer):
         first, copy = super().beginning()
         if self.config.end != "told":
             return first, copy
-        if self.config.lora is not None:
-            raise UserError(
-                "lora: adapters share the teacher's network, which is told no end of a step; set "
-                "end=fixed or lora=null"
-            )
-        return told(first, "end"), False
+        return told(self.config, first, "end", instead="end=fixed"), False
 
     @property
     def fixed_point(self) -> FixedPoint:

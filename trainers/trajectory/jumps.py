@@ -112,15 +112,10 @@ class JumpTrainer(Trainer):
             UserError: a beginning that is not to be had.
         """
         c = self.config
-        if c.lora is not None:
-            raise UserError(
-                "lora: adapters share the teacher's network, which is told no end of a step; set "
-                "lora=null"
-            )
         if c.scratch and c.velocity == "teacher":
             raise UserError("scratch: a teacher's flow begins as the teacher; set scratch=false")
         first = renewed(self.initial, c) if c.scratch else self.initial
-        own = told(first, "end", *self.told)
+        own = told(c, first, "end", *self.told)
         self.add_player(
             "student", own, c.optim, ema=True, total=c.steps, copy=False, bare=self.through
         )

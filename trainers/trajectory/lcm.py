@@ -94,11 +94,6 @@ class LCMTrainer(ConsistencyTrainer):
                     f"guidance={c.guidance:g}: the student is told scales of guidance_range={low:g}"
                     f",{high:g}, which must begin at 1 or more and hold it"
                 )
-            if c.lora is not None:
-                raise UserError(
-                    "lora: adapters share the teacher's network, which is told no guidance; set "
-                    "embedding=false or lora=null"
-                )
         super().setup()
 
     def beginning(self) -> tuple[Denoiser, bool]:
@@ -106,7 +101,7 @@ class LCMTrainer(ConsistencyTrainer):
         first, copy = super().beginning()
         if not self.config.embedding:
             return first, copy
-        own = told(first, "guidance")
+        own = told(self.config, first, "guidance", instead="embedding=false")
         own.scale = self.config.guidance
         return own, False
 

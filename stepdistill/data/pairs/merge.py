@@ -70,13 +70,16 @@ def merge(stores: Sequence[Folder], out: Folder) -> AnyPlan:
             )
     plan: AnyPlan = MergedPlan((first, *others)) if others else first
     write_manifest(out, plan, Claims(out))
+    sizes = {store: store.sizes() for store in stores}
     for piece in lacking(out, list(pieces(plan))):
         found = [(store, shard_name(base + piece.shard)) for store, base in sources[piece.plan]]
-        out.write(shard_name(piece.number), _one_of(found, piece.plan))
+        out.write(shard_name(piece.number), _one_of(found, piece.plan, sizes))
     return plan
 
 
-def _one_of(found: list[tuple[Folder, str]], plan: PairPlan) -> bytes:
+def _one_of(
+    found: list[tuple[Folder, str]], plan: PairPlan, sizes: dict[Folder, dict[str, int]]
+) -> bytes:
     """The file of a shard that some of the stores have.
 
     Raises:
@@ -84,7 +87,7 @@ def _one_of(found: list[tuple[Folder, str]], plan: PairPlan) -> bytes:
     """
     there = []
     for store, name in found:
-        header = read_header(store, name, store.sizes().get(name))
+        header = read_header(store, name, sizes[store].get(name))
         if header is not None and header.facts.get("plan") == plan.digest():
             there.append((store, name, header))
     if not there:

@@ -17,7 +17,7 @@ demo: $(READY)  ## distil the digits teacher by every method; leaves out/demo/re
 	$(BIN)/stepdistill demo --out $(OUT)
 
 test: lint types  ## everything that CI checks: lint, types of the built wheel, tests
-	$(BIN)/python -m pytest -q --numprocesses auto --dist loadgroup
+	$(BIN)/python -m pytest -q --numprocesses auto --dist loadgroup --no-loadscope-reorder
 
 proof: $(READY)  ## prove every method on closed-form teachers; rewrites docs/PROOF.md
 	$(BIN)/stepdistill prove --all --json out/proof/rows.json --markdown docs/PROOF.md \

@@ -21,13 +21,16 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 ROOT_FOLDERS = ("configs", "eval", "pipelines", "trainers")
 BY_METHOD = ("contract", "golden", "method_keys", "methods", "prove", "runs", "two_processes")
+LONGEST = ("test_prove", "test_readme", "test_bench_modes", "test_two_processes", "test_contract")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist's own, which names the groups by these marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Keep a file's tests in one process, so that they share its fixtures; in files whose fixtures
-    are made by method, those of a method."""
+    are made by method, those of a method. What takes longest is handed out first."""
     if not config.pluginmanager.hasplugin("xdist"):
         return
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
     for item in items:
         group, call = item.path.stem.removeprefix("test_"), getattr(item, "callspec", None)
         if call and group in BY_METHOD and "method" in call.params:

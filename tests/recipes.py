@@ -47,3 +47,10 @@ def command(method: str, run: str, *more: str) -> list[str]:
 
 
 DISTILS = [name for name in METHODS if distils(name)]
+KINDS = [  # a method of each kind of run, where all would take long and are the same in what is
+    # tested: no teacher, pairs, other players in time, adapters, an adversary, several students,
+    # averages as targets, a network told more, a smaller network
+    *("denoising", "reflow", "slim_flow", "crd", "sim", "dmd2", "disback", "msd", "phased_dmd"),
+    *("consistency", "lcm", "tlcm"),
+]
+assert set(KINDS) <= set(METHODS)

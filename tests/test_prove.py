@@ -28,7 +28,7 @@ from tests.helpers import make, mlp_teacher
 METHODS = [method.name for method in methods()]
 KEYS = "method teacher student_steps quantity expected measured tolerance passed seconds".split()
 WHOLE = GUIDED = ("sim", "dmd", "phased_dmd", "consistency", "reflow")
-PROVEN = ("denoising", "crd", "opd", "scm", "flow_map", "scott", "kd", *WHOLE)
+PROVEN = ("denoising", "crd", "opd", "scm", "scott", "kd", *WHOLE)
 MIXTURE = """kind: gaussian_mixture
 weights: [2, 1]
 means: [[-0.8], [0.9]]

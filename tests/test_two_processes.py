@@ -20,7 +20,7 @@ from stepdistill.trainers.find import trainer
 from tests import recipes
 from tests.children import ALONE, ByMethod, Done, losses, ranks, rows, stepdistill, weights
 from tests.golden import SMOOTH
-from tests.recipes import METHODS
+from tests.recipes import KINDS
 
 KILLS = {  # in this order in one job: boundary -> whether both die there, or the first alone
     "shard:2": True,  # whichever takes it
@@ -89,7 +89,7 @@ def same_curve(a: Path, b: Path) -> None:
             assert two[name] == close, name
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", KINDS)
 def test_two_processes_have_the_curve_of_one(folder, pair, method) -> None:
     assert stepdistill(*command(method, f"one-{method}"), folder=folder).code == 0
     same_curve(folder / f"one-{method}", pair[method])
@@ -140,7 +140,7 @@ def boundaries_of(run: Path) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", KINDS)
 def test_a_job_killed_at_every_boundary_and_resumed_ends_the_same(folder, pair, method) -> None:
     """Both processes die at once, or the first alone and then, by the launcher, the other; what
     the job ends with is the uninterrupted one's, to the bit."""

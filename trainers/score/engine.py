@@ -106,11 +106,13 @@ class Sample:
         x: the sample [B, C, *S], at noise level ``level``.
         level: time of the sample; 0 is clean.
         reference: the clean estimate that it came from, for normalisers.
+        known: whether its law is the one that fake score and head are trained on.
     """
 
     x: Tensor
     level: float
     reference: Tensor
+    known: bool = True
 
 
 @dataclass(frozen=True)
@@ -241,7 +243,7 @@ class ScoreTrainer(Trainer):
             seen = self.generate(batch, rng, exact=False)
         self.shared = self.hand_over(seen)
         leaf = seen.x.detach().requires_grad_()
-        made = Sample(leaf, seen.level, seen.reference)
+        made = replace(seen, x=leaf)
         loss = self.with_terms(self.compare(made, batch, rng), made, batch)
         (push,) = torch.autograd.grad(loss.value, leaf)
         made = self.generate(batch, rng, exact=False)
@@ -260,7 +262,9 @@ class ScoreTrainer(Trainer):
 
     def hand_over(self, made: Sample) -> Sample | None:
         """The student's sample as the fake score may train on it, or None to make another."""
-        return None if self.whole else Sample(made.x.detach(), made.level, made.reference.detach())
+        if self.whole:
+            return None
+        return replace(made, x=made.x.detach(), reference=made.reference.detach())
 
     def ask(self, x_t: Tensor, t: Tensor, batch: Batch, rng: Rng, *, graph: bool) -> Asked:
         """Ask fake score and teacher about x_t [B, ...] at times t [B], each in one pass.

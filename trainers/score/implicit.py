@@ -74,7 +74,9 @@ class Implicit(ScoreTrainer):
             against, logits = self.adversary.oppose(
                 asked.features, self.denoiser(self.fake), t, batch, rng, self.push(seen)
             )
-            seen, logs = replace(seen, ratio=ratio(logits)), {"adversarial": against}
+            logs = {"adversarial": against}
+            if made.known:
+                seen = replace(seen, ratio=ratio(logits))
         each = self.weight(seen) * self.cost(seen)
         loss = each.masked_fill(equal(fake, real), 0.0).mean()
         total = loss if against is None else loss + against

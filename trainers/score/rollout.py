@@ -87,12 +87,13 @@ class GridTrainer(ScoreTrainer):
     def generate(self, batch: Batch, rng: Rng, *, exact: bool) -> Sample:
         """The clean image predicted at one exit of the grid, the same on every process."""
         (grid,) = self.grids().values()
-        exit_at = self.config.student_steps - 1 if exact else rng.integer("exit", self.exits)
+        last = self.config.student_steps - 1
+        exit_at = last if exact else rng.integer("exit", self.exits)
         with torch.no_grad():
             x_t = self.walk(batch, rng, exit_at)
         t = full(x_t, grid[exit_at])
         x = self.shown(self.denoiser(self.active)(x_t, t, batch.cond).x)
-        return Sample(x, 0.0, x)
+        return Sample(x, 0.0, x, known=not self.whole or exit_at == last)
 
     @property
     def rollout(self) -> tuple[float, float]:

@@ -54,7 +54,8 @@ class UniInstructTrainer(Implicit, GridTrainer):
     """Uni-Instruct (Wang et al. 2025), spec 5.9; the gradient is derived there.
 
     Here: the ratio is each sample's own, from the head's logits, without a mean over the batch,
-    and 1 until the head takes part; the adversarial loss has no normaliser, where SiDA's has; and
+    and 1 until the head takes part, as it is at the earlier exits of several steps, whose images
+    are not those that the head knows; the adversarial loss has no normaliser, where SiDA's has; and
     SiD's normaliser stands for the exact weight, which is ``weights: [likelihood]``. A guided
     teacher's score is no longer that of the data which the head sees, so ``exact`` is exact
     without guidance only.

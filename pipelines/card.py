@@ -28,6 +28,7 @@ def model_card(
     classes: Sequence[str] | None = None,
     grids: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
     noise: str | None = None,
+    stock: str | None = None,
     figures: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """Markdown with a YAML header.
@@ -43,6 +44,7 @@ def model_card(
         classes: class names by label, if the model takes labels.
         grids: a literal scheduler's grids; None for a stock scheduler.
         noise: that scheduler's noise source: predicted, fresh or initial.
+        stock: name of the stock scheduler that walks these grids in its place.
         figures: measured rows, each a mapping from column to value.
     """
     header = {
@@ -53,6 +55,7 @@ def model_card(
     facts += [("classes", ", ".join(classes))] if classes else []
     facts += [("steps", _steps(default_steps, grids))]
     facts += [("noise between steps", NOISE_WORDS[noise])] if noise else []
+    facts += [("scheduler", f"{stock}, set to `walks` of model_index.json")] if stock else []
     parts = [
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
         f"# {title}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,8 @@ def write_pipeline(
     dtype: torch.dtype | None,
     overwrite: bool = False,
     check: Callable[[Path], None] | None = None,
-    routes: Sequence[int] | None = None,
     extra: Any = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write networks and scheduler as a folder that plain diffusers loads; returns ``out``.
 
@@ -54,8 +54,8 @@ def write_pipeline(
         dtype: dtype of the saved weights; None keeps their own.
         overwrite: replace a pipeline folder that is already there.
         check: is shown the folder before it takes its place; what it raises leaves ``out`` alone.
-        routes: the place of each class's network, by label, where they are shared by classes.
         extra: embeds the further numbers of the scheduler's grid.
+        settings: further ones of the pipeline: ``routes``, ``walks``, ``start``.
 
     Raises:
         UserError: ``out`` is taken, or networks and scheduler do not fit together.
@@ -68,8 +68,8 @@ def write_pipeline(
         default_steps=default_steps,
         null_label=null_label,
         default_guidance=default_guidance,
-        routes=None if routes is None else {str(k): place for k, place in enumerate(routes)},
         extra=_cast(extra, dtype),
+        **(settings or {}),
         **dict(zip(MODEL_NAMES, (_cast(module, dtype) for module in modules), strict=False)),
     )
     with whole_folder(out) as folder:

@@ -139,11 +139,16 @@ def export(
         Path | None, typer.Option(help="another finished run, whose student is merged with it")
     ] = None,
     share: Annotated[float, typer.Option(help="of the run's own weights when merged")] = 0.5,
+    stock: Annotated[
+        bool, typer.Option("--stock", help="with a scheduler of diffusers' own, where one fits")
+    ] = False,
 ) -> None:
     """Write a run's student as a diffusers pipeline and prove that it draws the same."""
     from stepdistill.commands.export import export as write
 
-    difference = write(run, out, steps=steps, overwrite=overwrite, merge=merge, share=share)
+    difference = write(
+        run, out, steps=steps, overwrite=overwrite, merge=merge, share=share, stock=stock
+    )
     print(f"{out}: loads in plain diffusers; largest difference {difference:.2g}")
 
 

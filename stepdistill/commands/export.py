@@ -19,6 +19,7 @@ from stepdistill.diffusion.timesteps import Grid
 from stepdistill.pipelines.card import model_card
 from stepdistill.pipelines.folder import refuse_taken, write_pipeline
 from stepdistill.pipelines.literal_grid import LiteralGridScheduler
+from stepdistill.pipelines.stock import stock_scheduler
 from stepdistill.pipelines.verify import VerificationError, noise_from_seeds, verify_folder
 from stepdistill.run.assets import load_teacher
 from stepdistill.run.errors import UserError
@@ -39,6 +40,7 @@ def export(
     tolerance: float = 1e-5,
     merge: str | Path | None = None,
     share: float = 0.5,
+    stock: bool = False,
 ) -> float:
     """Write a run's student as a pipeline folder, reload it in a clean interpreter and compare.
 
@@ -51,12 +53,13 @@ def export(
         tolerance: largest difference allowed to the training sampler's images in [0, 1].
         merge: another finished run of the same teacher, whose student is merged with this one's.
         share: of this run's weights in the merged ones.
+        stock: with one of diffusers' own schedulers, where one takes the student's steps.
 
     Returns:
         The largest difference seen.
 
     Raises:
-        UserError: the run is not finished, ``out`` is taken, or ``merge`` does not fit.
+        UserError: an unfinished run, ``out`` is taken, ``merge`` or ``stock`` does not fit.
         VerificationError: the folder would draw other images than the training sampler; it is not
             written, and what was there before is left.
     """
@@ -68,21 +71,22 @@ def export(
         command += f" --merge {merge} --share {share:g}"
     elif not figures:
         figures = logged_figures(run)
-    scheduler, seen = scheduler_of(trainer, default_steps(trainer, steps)), list[float]()
+    literal, seen = scheduler_of(trainer, default_steps(trainer, steps)), list[float]()
+    scheduler, walk = stock_of(trainer, literal) if stock else (literal, {})
     write_pipeline(
         out,
         [expert.plain() for expert in members(trainer.best())],
         scheduler,
         classes=trainer.teacher.classes or None,
         null_label=trainer.teacher.null_label,
-        default_steps=scheduler.config.default_steps,
+        default_steps=literal.config.default_steps,
         default_guidance=members(trainer.best())[0].scale,
-        card=student_card(trainer, scheduler, run, out, figures, command),
+        card=student_card(trainer, literal, run, out, figures, command, scheduler),
         dtype=None,
         overwrite=overwrite,
         check=lambda folder: seen.append(proven(trainer, folder, out, tolerance)),
-        routes=routes(trainer),
         extra=scalars.held(members(trainer.best())[0].net),
+        settings={"routes": routes(trainer), **walk},
     )
     return seen[0]
 
@@ -99,6 +103,29 @@ def scheduler_of(trainer: Trainer, default: int) -> LiteralGridScheduler:
     )
 
 
+def stock_of(trainer: Trainer, literal: LiteralGridScheduler) -> tuple[Any, dict[str, Any]]:
+    """A stock scheduler for the student, and the pipeline's settings by which it walks the grids.
+
+    Raises:
+        UserError: diffusers has none.
+    """
+    den, *others = members(trainer.best())
+    try:
+        if others:
+            raise ValueError("none takes one network of several")
+        if den.ends:
+            raise ValueError("none tells the network where its steps end")
+        scheduler, walks = stock_scheduler(
+            den.process, den.head, trainer.noise, trainer.grids(), trainer.config.clip
+        )
+        return scheduler, {"walks": walks, "start": literal.init_noise_sigma}
+    except ValueError as error:
+        raise UserError(
+            f"--stock: of diffusers' schedulers {error}; export without it, and the folder carries "
+            "the scheduler that walks its grid"
+        ) from error
+
+
 def proven(trainer: Trainer, folder: Path, out: Path, tolerance: float) -> float:
     """The largest difference of :func:`check`; what it refuses is not written to ``out``."""
     try:
@@ -109,25 +136,27 @@ def proven(trainer: Trainer, folder: Path, out: Path, tolerance: float) -> float
 
 def student_card(
     trainer: Trainer,
-    scheduler: Any,
+    literal: LiteralGridScheduler,
     run: Path,
     out: Path,
     figures: Sequence[Mapping[str, Any]],
     command: str,
+    scheduler: Any,
 ) -> str:
-    """The model card of a student that ``command`` exports."""
-    config = trainer.config
+    """The model card of a student that ``command`` exports with a scheduler."""
+    config, stock = trainer.config, scheduler is not literal
     return model_card(
         title=f"{config.method} student of {config.teacher}",
         folder=str(out),
         teacher=config.teacher,
         method=config.method,
         data=config.data.source if trainer.needs == "data" else "none (the teacher alone)",
-        command=f"stepdistill train {run / 'config.yaml'}\n{command}",
-        default_steps=scheduler.config.default_steps,
+        command=f"stepdistill train {run / 'config.yaml'}\n{command}{' --stock' if stock else ''}",
+        default_steps=literal.config.default_steps,
         classes=trainer.teacher.classes or None,
-        grids=scheduler.config.grids,
+        grids=literal.config.grids,
         noise=trainer.noise,
+        stock=type(scheduler).__name__ if stock else None,
         figures=figures,
     )
 
@@ -209,10 +238,12 @@ def blend(trainer: Trainer, other: Path, share: float) -> None:
         mine.best.net.load_state_dict(mixed)
 
 
-def routes(trainer: Trainer) -> tuple[int, ...] | None:
-    """The place of each class's network where the student has them shared by classes."""
+def routes(trainer: Trainer) -> dict[str, int] | None:
+    """The place of each label's network where the student has them shared by classes."""
     den = trainer.best()
-    return den.routes if isinstance(den, Routed) else None
+    if not isinstance(den, Routed):
+        return None
+    return {str(label): place for label, place in enumerate(den.routes)}
 
 
 def default_steps(trainer: Trainer, asked: int | None) -> int:

@@ -110,13 +110,13 @@ def grid_between(high: float, low: float, steps: int, process: Process) -> Grid:
     ends = torch.tensor([high, low], dtype=torch.float64)
     begin, end = process.unwarp(ends).tolist()
     inside = torch.linspace(begin, end, steps + 1, dtype=torch.float64)[1:-1]
-    return (high, *process.warp(inside).tolist(), low)
+    return (high, *process.placed(process.warp(inside)).tolist(), low)
 
 
 def uniform_grid(process: Process, steps: int, start: float = 1.0) -> Grid:
     """``steps`` intervals of equal progress from ``start`` (1: pure noise) to 0, then warped."""
     u = torch.linspace(start, 0, steps + 1, dtype=torch.float64)
-    return tuple(process.warp(u).tolist())
+    return tuple(process.placed(process.warp(u)).tolist())
 
 
 def regular_start(process: Process, head: str) -> float:

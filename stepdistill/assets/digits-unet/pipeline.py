@@ -54,6 +54,9 @@ class ImagePipeline(DiffusionPipeline):
             for ``model``, 1 for ``model_2``, ...; the grid's own choice is left aside.
         extra: adds embeddings of the further numbers that the scheduler's grid tells ``model``,
             such as where a step ends.
+        walks: for a few-step student on a stock scheduler, by number of steps, as text: the
+            sigmas or timesteps that the scheduler is set to; no other number is taken.
+        start: standard deviation of the state that the walk starts from; the scheduler's if None.
 
     Raises:
         ValueError: class names that are not unique.
@@ -79,6 +82,8 @@ class ImagePipeline(DiffusionPipeline):
         default_guidance: float = 1.0,
         routes: Mapping[str, int] | None = None,
         extra: Any = None,
+        walks: Mapping[str, Sequence[float]] | None = None,
+        start: float | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(
@@ -96,6 +101,8 @@ class ImagePipeline(DiffusionPipeline):
             null_label=null_label,
             default_guidance=default_guidance,
             routes=None if routes is None else dict(routes),
+            walks=None if walks is None else {n: list(walk) for n, walk in walks.items()},
+            start=start,
         )
 
     @torch.no_grad()
@@ -248,9 +255,15 @@ class ImagePipeline(DiffusionPipeline):
         steps = self.config.default_steps if steps is None else steps
         if steps < 1:
             raise ValueError(f"num_inference_steps is {steps}; at least 1 step is needed")
+        walks = self.config.get("walks")
+        if walks and str(steps) not in walks:
+            raise ValueError(f"num_inference_steps is {steps}; this student has {', '.join(walks)}")
+        takes = inspect.signature(self.scheduler.set_timesteps).parameters
         if isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
-            sigmas = [1.0 - i / steps for i in range(steps)]
+            sigmas = walks[str(steps)] if walks else [1.0 - i / steps for i in range(steps)]
             self.scheduler.set_timesteps(sigmas=sigmas, device=device)
+        elif walks and "timesteps" in takes:
+            self.scheduler.set_timesteps(timesteps=walks[str(steps)], device=device)
         else:
             self.scheduler.set_timesteps(steps, device=device)
         if hasattr(self.scheduler, "set_begin_index"):
@@ -275,7 +288,8 @@ class ImagePipeline(DiffusionPipeline):
         elif tuple(latents.shape) != shape:
             raise ValueError(f"latents are {tuple(latents.shape)}, these images need {shape}")
         x_t = latents.to(device=device, dtype=torch.float32)
-        return x_t * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        start = self.config.get("start")
+        return x_t * (getattr(self.scheduler, "init_noise_sigma", 1.0) if start is None else start)
 
     def _by_class(self) -> bool:
         """Whether the networks share the classes between them."""

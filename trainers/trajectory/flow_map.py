@@ -70,9 +70,9 @@ class FlowMapTrainer(JumpTrainer):
         )
         for name, teachers, effort, keys in (
             ("lsd", ("gaussian",), 1.5, {"form": "lsd"}),
-            ("lsd, semi", ("gaussian", "gmm1d"), 0.8, {"form": "lsd", "gradient": "semi"}),
-            ("esd, semi", ("gaussian",), 0.8, {"form": "esd", "gradient": "semi"}),
-            ("psd_m", ("gaussian", "gmm1d"), 0.8, {"form": "psd_m"}),
+            ("lsd, semi", ("gmm1d",), 0.8, {"form": "lsd", "gradient": "semi"}),
+            ("esd, semi", ("gaussian",), 0.5, {"form": "esd", "gradient": "semi"}),
+            ("psd_m", ("gmm1d",), 0.8, {"form": "psd_m"}),
         )
     }
 

@@ -80,7 +80,7 @@ class HyperSDTrainer(SegmentsTrainer):
             ("gaussian", "gmm1d"),
             {"first": 8, "student_steps": 2, "pairs": {"kind": "grid", "steps": 16}}
             | {"metric": "l2", "adversary": None},
-            effort=2.0,
+            effort=1.0,
         ),
         "told ends": Proof(
             ("gaussian",),

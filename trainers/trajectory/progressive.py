@@ -55,7 +55,7 @@ class ProgressiveTrainer(Trainer):
         "eight to one": Proof(
             ("gaussian", "classes"), {"first": 8, "ema": {"decay": 0.99}}, effort=2.0
         ),
-        "eight to two": Proof(("gmm1d",), {"first": 8, "student_steps": 2}, effort=1.5),
+        "eight to two": Proof(("gmm1d",), {"first": 8, "student_steps": 2}, effort=0.8),
     }
 
     def setup(self) -> None:

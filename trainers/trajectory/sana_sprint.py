@@ -75,6 +75,7 @@ class SanaSprintTrainer(SCMTrainer):
                 "optim": CALM,
                 "adversary": ON_STATES,
             },
+            effort=0.5,
             batch=4,
         ),
     }

@@ -55,7 +55,7 @@ class TBCMTrainer(SCMTrainer):
     config: TBCMConfig
     needs = "labels"
     proofs: ClassVar = {
-        "walks": Proof(("gaussian",), {"points": 4, "optim": CALM} | EXACTLY),
+        "walks": Proof(("gaussian",), {"points": 4, "optim": CALM} | EXACTLY, effort=0.8),
         "plain tangent": Proof(("gmm1d",), PLAIN | {"points": 8, "optim": CALM} | EXACTLY, batch=3),
     }
 

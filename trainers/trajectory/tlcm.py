@@ -73,6 +73,7 @@ class TLCMTrainer(SegmentsTrainer):
             ("gaussian", "gmm1d"),
             {"student_steps": 2, "pairs": {"kind": "grid", "steps": 8}, "metric": "l2"}
             | {"milestones": None},
+            effort=0.6,
         ),
         "milestones": Proof(
             ("gaussian", "classes"),

@@ -82,10 +82,6 @@ class Process(ABC):
         """The progress of a time: the inverse of :meth:`warp`."""
         return t / self.t_max
 
-    def placed(self, t: Tensor) -> Tensor:
-        """Times as grids have them: t, but for a process of a table its nearest entries."""
-        return t
-
     def network_time(self, t: Tensor) -> Tensor:
         """The number that networks of this process are told as their time."""
         return t
@@ -239,10 +235,6 @@ class VP(Process):
         return (
             torch.where(log_n < table[0], below, place).clamp(-1, self.size - 1) + 1
         ) / self.size
-
-    def placed(self, t: Tensor) -> Tensor:
-        """See :meth:`Process.placed`: networks and schedulers of a table know its entries."""
-        return (t * self.size).round() / self.size
 
     def network_time(self, t: Tensor) -> Tensor:
         """The table's index, fractional between its entries."""

@@ -153,6 +153,14 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "walks": {"points": 2, "norm_floor": 1.0} | EXACT,
         "plain tangent": {"points": 2, "adaptive": False, "guidance": 1.5} | EXACT,
     },
+    "tcm": {
+        "averaged": {
+            "pairs": {"kind": "ect", "stages": 2},
+            "target": "ema",
+            "guidance": 1.5,
+            "boundary": 0.6,
+        },
+    },
     "twin_flow": {"teacher": {"guidance": 1.5, "c": 1.0, "short": 0.1}},
     "sim": {"score": {}, "full": {"form": "full", "guidance": 1.5, "critic_steps": 2}},
 }

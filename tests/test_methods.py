@@ -333,10 +333,11 @@ def costs(made: Trainer, first: int, last: int) -> tuple[Cost, Cost]:
 
     for step in range(first, last):
         made.prepare(step)  # which may make networks, as copies with the hooks of the original
-        hooks = []
+        hooks, members = [], {(role, id(den.net)) for role, den in made.members()}
         for name, net in networks(made).items():
             role = "teacher" if name == "teacher" else "student"
             role = role_of(name) if name in made.players else role
+            role = "expert" if ("expert", id(net)) in members else role
             role = "average" if name.endswith(" ema") else role
             hooks.append(net.register_forward_hook(hook(role), always_call=True))
         run(made, step, step + 1)

@@ -166,7 +166,7 @@ class ConsistencyTrainer(Trainer):
 
     def turns(self, step: int) -> list[Turn]:
         """One player, one turn."""
-        return [Turn("student", self.loss)]
+        return [Turn(self.active, self.loss)]
 
     def times(self, batch: Batch, rng: Rng) -> tuple[Tensor, Tensor]:
         """The pair (t, r) of every sample [B], r < t."""
@@ -197,7 +197,6 @@ class ConsistencyTrainer(Trainer):
 
     def loss(self, batch: Batch, rng: Rng) -> Loss:
         """Distance between the estimates at t and at r."""
-        c = self.config
         student = self.denoiser(self.active)
         t, r = self.times(batch, rng)
         end = self.ends(t, r, batch, rng)
@@ -207,15 +206,23 @@ class ConsistencyTrainer(Trainer):
                 x_r = self.solve(self.solver, x_t, t, r, batch, rng)
             else:
                 x_r = self.noised(r, batch, rng)
-            target = self.jump(self.target_net or student, x_r, r, end, batch)
+            target = self.aim(x_r, r, end, batch)
         estimate = self.jump(student, x_t, t, end, batch)
         delta = estimate - target
-        loss = (pair_weight(t, r, c.weight) * self.apart(delta)).mean()
+        loss = (self.worth(t, r) * self.apart(delta)).mean()
         more = self.beside(estimate, target, end, batch, rng)
         for part in more.values():
             loss = loss + part
         logs = {"loss": loss, "distance": delta.abs().mean(), **more}
         return Loss(loss, logs | sample_parts(estimate))
+
+    def aim(self, x_r: Tensor, r: Tensor, end: Tensor, batch: Batch) -> Tensor:
+        """What the estimates are pulled to: the student's, or its average's, of the states at r."""
+        return self.jump(self.target_net or self.denoiser(self.active), x_r, r, end, batch)
+
+    def worth(self, t: Tensor, r: Tensor) -> Tensor:
+        """The weight of each pair (t, r) [B]."""
+        return pair_weight(t, r, self.config.weight)
 
     def apart(self, delta: Tensor) -> Tensor:
         """The distance [B] that a difference of two estimates [B, C, *S] stands for."""

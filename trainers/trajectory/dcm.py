@@ -20,17 +20,16 @@ from stepdistill.diffusion.timesteps import Grid
 from stepdistill.losses.consistency import frame_gap
 from stepdistill.run.errors import UserError
 from stepdistill.run.rng import Rng
-from stepdistill.trainers.base import Pass, Turn
 from stepdistill.trainers.fixed_point import Proof
-from stepdistill.trainers.score.opponent import DiscriminatorOptim, TeacherConfig
+from stepdistill.trainers.score.opponent import TeacherConfig
 from stepdistill.trainers.trajectory.pcm import NEAR
-from stepdistill.trainers.trajectory.rival import Rival
+from stepdistill.trainers.trajectory.rival import Opposed, OpposedConfig
 from stepdistill.trainers.trajectory.segments import SegmentsConfig, SegmentsTrainer
 
 SEMANTIC, DETAIL = "student", "student_2"
 
 
-class DCMConfig(SegmentsConfig):
+class DCMConfig(SegmentsConfig, OpposedConfig):
     """Settings of ``dcm``."""
 
     student_steps: Literal[2] = Field(2, description="steps of the student: one an expert")
@@ -53,12 +52,9 @@ class DCMConfig(SegmentsConfig):
     adversary: TeacherConfig | None = Field(
         None, description="a discriminator of the detail expert's jumps and their targets; null"
     )
-    discriminator: DiscriminatorOptim = Field(
-        default_factory=DiscriminatorOptim, description="the discriminator's optimizer"
-    )
 
 
-class DCMTrainer(SegmentsTrainer):
+class DCMTrainer(Opposed, SegmentsTrainer):
     """Dual-expert consistency (Lv et al. 2025), spec M16, known from its code and from notes.
 
     Here: the detail expert is a network like the first (with ``lora`` an adapter on the teacher),
@@ -104,7 +100,6 @@ class DCMTrainer(SegmentsTrainer):
                 "semantic_share"
             )
         self.players[SEMANTIC].total = self.border
-        self.rival: Rival | None = None
         self._check_frames()
 
     def placed(self, table: Tensor, boundary: float | None) -> int:
@@ -152,8 +147,7 @@ class DCMTrainer(SegmentsTrainer):
         second.load_weights(first.denoiser)
         if self.target_net is not None:
             self.target_net.adopt(first.denoiser)
-        if c.adversary is not None:
-            self.rival = Rival(self, c.adversary, c.discriminator, total)
+        self.oppose(total)
 
     @property
     def active(self) -> str:
@@ -164,10 +158,6 @@ class DCMTrainer(SegmentsTrainer):
         """Both experts; levels whose expert is still to come are the teacher's."""
         low: Denoiser = self.players[DETAIL].best if self.phase else self.teacher
         return Experts([self.players[SEMANTIC].best, low], [self.boundary])
-
-    def turns(self, step: int) -> list[Turn]:
-        """The expert in training, then the detail expert's discriminator."""
-        return [Turn(self.active, self.loss), *([self.rival.turn] if self.rival else [])]
 
     def times(self, batch: Batch, rng: Rng) -> tuple[Tensor, Tensor]:
         """The pair (t, r) of every sample [B], evenly over the expert's own times."""
@@ -181,16 +171,10 @@ class DCMTrainer(SegmentsTrainer):
         self, estimate: Tensor, target: Tensor, end: Tensor, batch: Batch, rng: Rng
     ) -> dict[str, Tensor]:
         """See :meth:`ConsistencyTrainer.beside`: frames at first, then the discriminator."""
-        if self.rival is not None:
-            return self.rival.against(estimate, target, end, batch, rng)
         if self.config.temporal and not self.phase:
             gap = frame_gap(estimate - target, self.config.temporal_lag)
             return {"temporal": self.config.temporal * gap.mean()}
-        return {}
-
-    def passes(self) -> list[Pass]:
-        """As ``pcm``; with a discriminator, the teacher's for features as well."""
-        return super().passes() + (self.rival.passes() if self.rival else [])
+        return super().beside(estimate, target, end, batch, rng)
 
     def members(self) -> list[tuple[str, Denoiser]]:
         """See :meth:`Trainer.members`; the first expert is frozen in the end."""

@@ -20,15 +20,14 @@ from stepdistill.data.batch import Batch
 from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.run.errors import UserError
 from stepdistill.run.rng import Rng
-from stepdistill.trainers.base import Pass, Turn
 from stepdistill.trainers.beginning import told
 from stepdistill.trainers.fixed_point import FixedPoint, Proof
-from stepdistill.trainers.score.opponent import DiscriminatorOptim, TeacherConfig
-from stepdistill.trainers.trajectory.rival import Rival
+from stepdistill.trainers.score.opponent import TeacherConfig
+from stepdistill.trainers.trajectory.rival import Opposed, OpposedConfig
 from stepdistill.trainers.trajectory.segments import SegmentsConfig, SegmentsTrainer
 
 
-class HyperSDConfig(SegmentsConfig):
+class HyperSDConfig(SegmentsConfig, OpposedConfig):
     """Settings of ``hyper_sd``."""
 
     first: int = Field(8, ge=1, description="segments of the first stage; halved stage by stage")
@@ -49,12 +48,9 @@ class HyperSDConfig(SegmentsConfig):
     adversary_segments: int = Field(
         2, ge=1, description="most segments of a stage in which the discriminator takes part"
     )
-    discriminator: DiscriminatorOptim = Field(
-        default_factory=DiscriminatorOptim, description="the discriminator's optimizer"
-    )
 
 
-class HyperSDTrainer(SegmentsTrainer):
+class HyperSDTrainer(Opposed, SegmentsTrainer):
     """Trajectory-segmented consistency of Hyper-SD (Ren et al. 2024), spec M7, in equal stages.
 
     The paper's jumps have random ends (``end: random``); where the network is told them (``end:
@@ -148,9 +144,9 @@ class HyperSDTrainer(SegmentsTrainer):
         steps = c.steps - self.length * self.stage if last else self.length
         self.milestones = self.span.grid(self.segments)
         self.players["student"].total = steps
-        self.rival: Rival | None = None
-        if c.adversary is not None and self.segments <= c.adversary_segments:
-            self.rival = Rival(self, c.adversary, c.discriminator, steps)
+        self.rival = None
+        if self.segments <= c.adversary_segments:
+            self.oppose(steps)
 
     def prepare(self, step: int) -> None:
         """See :meth:`Trainer.prepare`: enter the stage of ``step``."""
@@ -162,10 +158,6 @@ class HyperSDTrainer(SegmentsTrainer):
             if self.target_net is not None:
                 self.target_net.adopt(student.denoiser)
             self._begin()
-
-    def turns(self, step: int) -> list[Turn]:
-        """The student, then the discriminator of a stage that has one."""
-        return [Turn("student", self.loss), *([self.rival.turn] if self.rival else [])]
 
     def ends(self, t: Tensor, r: Tensor, batch: Batch, rng: Rng) -> Tensor:
         """See :meth:`ConsistencyTrainer.ends`; a random end is even in progress, a told one on the
@@ -185,18 +177,6 @@ class HyperSDTrainer(SegmentsTrainer):
         if self.config.end == "told":
             batch = replace(batch, cond=batch.cond.ending(end))
         return super().jump(den, x_t, t, end, batch)
-
-    def beside(
-        self, estimate: Tensor, target: Tensor, end: Tensor, batch: Batch, rng: Rng
-    ) -> dict[str, Tensor]:
-        """See :meth:`ConsistencyTrainer.beside`: jumps against what they are pulled to."""
-        if self.rival is None:
-            return {}
-        return self.rival.against(estimate, target, end, batch, rng)
-
-    def passes(self) -> list[Pass]:
-        """As ``pcm``; with a discriminator, the teacher's for features as well."""
-        return super().passes() + (self.rival.passes() if self.rival else [])
 
 
 TRAINER = HyperSDTrainer

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from pydantic import Field
 from torch import Tensor
 
 from stepdistill.data.batch import Batch
@@ -22,6 +23,7 @@ from stepdistill.trainers.score.opponent import (
     TeacherConfig,
     TeacherOpponent,
 )
+from stepdistill.trainers.trajectory.consistency import ConsistencyConfig, ConsistencyTrainer
 
 PLAYER = "discriminator"
 
@@ -119,3 +121,40 @@ def lifted(t: Tensor, low: Tensor, process: Process) -> Tensor:
     bottom = process.unwarp(low)
     u = process.unwarp(t)
     return process.warp(bottom + u * (1 - bottom)).clamp_max(process.t_max)
+
+
+class OpposedConfig(ConsistencyConfig):
+    """Settings of a student of consistency with a discriminator beside."""
+
+    adversary: TeacherConfig | None = Field(
+        None, description="a discriminator of jumps and their targets; null: none"
+    )
+    discriminator: DiscriminatorOptim = Field(
+        default_factory=DiscriminatorOptim, description="the discriminator's optimizer"
+    )
+
+
+class Opposed(ConsistencyTrainer):
+    """A student of consistency, and a discriminator of its jumps and what they are pulled to."""
+
+    config: OpposedConfig
+    rival: Rival | None = None
+
+    def oppose(self, steps: int) -> None:
+        """Make the discriminator, if the config has one, for as many updates."""
+        c = self.config
+        self.rival = Rival(self, c.adversary, c.discriminator, steps) if c.adversary else None
+
+    def turns(self, step: int) -> list[Turn]:
+        """The student, then the discriminator where there is one."""
+        return [*super().turns(step), *([self.rival.turn] if self.rival else [])]
+
+    def beside(
+        self, estimate: Tensor, target: Tensor, end: Tensor, batch: Batch, rng: Rng
+    ) -> dict[str, Tensor]:
+        """See :meth:`ConsistencyTrainer.beside`: jumps against what they are pulled to."""
+        return self.rival.against(estimate, target, end, batch, rng) if self.rival else {}
+
+    def passes(self) -> list[Pass]:
+        """See :meth:`ConsistencyTrainer.passes`; and the teacher's for features."""
+        return super().passes() + (self.rival.passes() if self.rival else [])

@@ -11,7 +11,6 @@ from __future__ import annotations
 from functools import cached_property
 from typing import ClassVar, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -20,18 +19,16 @@ from stepdistill.diffusion.timesteps import regular_start
 from stepdistill.losses.consistency import Weight
 from stepdistill.run.plug import Plugged
 from stepdistill.run.rng import Rng
-from stepdistill.trainers.base import Pass, Turn
 from stepdistill.trainers.fixed_point import Proof
-from stepdistill.trainers.score.opponent import DiscriminatorOptim, TeacherConfig
+from stepdistill.trainers.score.opponent import TeacherConfig
 from stepdistill.trainers.solvers import Sde, Solved
-from stepdistill.trainers.trajectory.consistency import ConsistencyConfig, ConsistencyTrainer
 from stepdistill.trainers.trajectory.pairs import Grid, Pairs
-from stepdistill.trainers.trajectory.rival import Rival
+from stepdistill.trainers.trajectory.rival import Opposed, OpposedConfig
 
 HIGHEST = 0.97  # where grids begin unless told: random steps keep nothing of pure noise
 
 
-class ScottConfig(ConsistencyConfig):
+class ScottConfig(OpposedConfig):
     """Settings of ``scott``."""
 
     start: float | None = Field(
@@ -58,12 +55,9 @@ class ScottConfig(ConsistencyConfig):
         description="a discriminator of clean estimates and data; null: none, and images that are "
         "the mean of what the solver's noise leads to",
     )
-    discriminator: DiscriminatorOptim = Field(
-        default_factory=DiscriminatorOptim, description="the discriminator's optimizer"
-    )
 
 
-class ScottTrainer(ConsistencyTrainer):
+class ScottTrainer(Opposed):
     """SCott (Liu et al. 2024), spec M8, which knows it from notes by others alone.
 
     From these: three sub-steps, the average as target, a hinge on features of the frozen teacher at
@@ -104,25 +98,14 @@ class ScottTrainer(ConsistencyTrainer):
     def setup(self) -> None:
         """See :meth:`ConsistencyTrainer.setup`; with the discriminator's heads."""
         super().setup()
-        c = self.config
-        self.rival = Rival(self, c.adversary, c.discriminator, c.steps) if c.adversary else None
-
-    def turns(self, step: int) -> list[Turn]:
-        """The student, then the discriminator."""
-        return [Turn("student", self.loss), *([self.rival.turn] if self.rival else [])]
+        self.oppose(self.config.steps)
 
     def beside(
         self, estimate: Tensor, target: Tensor, end: Tensor, batch: Batch, rng: Rng
     ) -> dict[str, Tensor]:
         """See :meth:`ConsistencyTrainer.beside`: clean estimates against the data."""
-        if self.rival is None:
-            return {}
         assert batch.x is not None
-        return self.rival.against(estimate, batch.x, torch.zeros_like(end), batch, rng)
-
-    def passes(self) -> list[Pass]:
-        """See :meth:`ConsistencyTrainer.passes`; and the teacher's for features."""
-        return super().passes() + (self.rival.passes() if self.rival else [])
+        return super().beside(estimate, batch.x, end, batch, rng)
 
 
 TRAINER = ScottTrainer

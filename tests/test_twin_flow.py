@@ -11,6 +11,7 @@ from stepdistill.losses.twin_flow import barron_weighted, recursive_target, span
 from stepdistill.oracles.denoiser import Oracle
 from stepdistill.run.errors import UserError
 from stepdistill.run.rng import Rng
+from stepdistill.trainers.trajectory.twin_flow import PARTS
 from tests.helpers import batch_of, dit_teacher, make, mlp_teacher, processes, run, same, saved
 
 
@@ -66,7 +67,7 @@ def test_the_two_fields_move_a_student_of_another_spread_towards_the_data_s(std)
     batch, rng = made.batch(0), Rng(0).at(0)
     x = std * torch.randn(256, 4, generator=torch.Generator().manual_seed(0))
     u = torch.zeros(256, 4, requires_grad=True)
-    made.pull(u, x, torch.zeros(256, dtype=torch.long), batch, rng).backward()
+    made.pull(u, x, batch, rng).backward()
     moved = (u.grad * x).sum()  # a step downhill takes u by -grad, and the image by +grad
     assert float(moved) > 0 if std < 1 else float(moved) < 0
 
@@ -145,3 +146,23 @@ def test_twin_flow_goes_on_bit_for_bit_on_images_after_a_resume() -> None:
     third.load_state(2, *saved(again))
     run(third, 2, 4)
     same(made.state(), third.state())
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_own_images_are_made_for_the_samples_of_that_kind_alone(world) -> None:
+    """Of batches that the kinds do not divide too; others keep their images."""
+    for rank in range(world):
+        made = make("twin_flow", mlp_teacher(), batch_size=10, rank=rank, world=world)
+        for step in range(4):
+            rng, batch = Rng(0).at(step), batch_of(made, step)
+            kind = made.times(batch, rng)[0]
+            own = kind == PARTS - 1
+            for place in range(PARTS):
+                assert (
+                    batch.index[made.rows(place, rng)].tolist()
+                    == batch.index[kind == place].tolist()
+                )
+            x = made.images(batch, rng)
+            assert torch.equal(x[~own], batch.x[~own])
+            whole = made.images_of_its_own(batch, rng)
+            torch.testing.assert_close(x[own], whole[own])

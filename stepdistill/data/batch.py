@@ -25,5 +25,10 @@ class Batch:
     x: Tensor | None = None
     z: Tensor | None = None
 
+    def rows(self, index: slice) -> Batch:
+        """Some of the samples."""
+        x, z = (None if part is None else part[index] for part in (self.x, self.z))
+        return Batch(self.index[index], self.cond.rows(index), x, z)
+
     def __len__(self) -> int:
         return len(self.index)

@@ -151,7 +151,7 @@ class TCMTrainer(ConsistencyTrainer):
 
     def passes(self) -> list[Pass]:
         """As ``consistency``; in the second stage the first network's besides."""
-        return super().passes() + ([Pass("expert", "forward")] if self.phase else [])
+        return super().passes() + ([Pass("student", "forward")] if self.phase else [])
 
     def members(self) -> list[tuple[str, Denoiser]]:
         """See :meth:`Trainer.members`; the first network is frozen in the end."""

@@ -60,8 +60,8 @@ class TwinFlowTrainer(JumpTrainer):
 
     Here: four neighbours of a batch have all kinds, turned about from step to step; the sign of
     time is a number of its own; times are even in flow time; the network in training is its own
-    reference; passes whose differences a target divides by ``short`` are in fp32; the teacher
-    alone is guided; and what a quarter of the batch needs is made for all of it.
+    reference; passes whose differences a target divides by ``short`` are in fp32; and the teacher
+    alone is guided.
     """
 
     Config = TwinFlowConfig
@@ -115,6 +115,11 @@ class TwinFlowTrainer(JumpTrainer):
         lower = (torch.zeros_like(s), s * (NEAR + (1 - NEAR) * u), s * (1 - u), s)
         return kind, s, torch.stack(lower).gather(0, kind[None])[0]
 
+    def rows(self, kind: int, rng: Rng) -> slice:
+        """This process's samples of a kind, of which it has none where its batch is small."""
+        first = self.rank * (self.config.batch_size // self.world) + rng.integer("kinds", PARTS)
+        return slice((kind - first) % PARTS, None, PARTS)
+
     def placed(self, s: Tensor) -> Tensor:
         """The process's times of flow times [B]."""
         if self.process.name == "rf":
@@ -133,8 +138,7 @@ class TwinFlowTrainer(JumpTrainer):
         kind, s, r = self.times(batch, rng)
         t, own = self.placed(s), kind == PARTS - 1
         z = self.z(batch, rng)
-        made = self.images_of_its_own(batch, rng)
-        x = made if batch.x is None else torch.where(expand(own, z), made, batch.x)
+        x = self.images(batch, rng)
         seen = torch.where(expand(kind == 0, x), 0, x) if c.velocity == "teacher" else x
         x_t = self.process.noise(seen, z, t)
         told = replace(batch.cond, end=self.placed(r), twin=own.to(s))
@@ -151,10 +155,20 @@ class TwinFlowTrainer(JumpTrainer):
         logs = {"loss": loss, "distance": (u - target).abs().mean()}
         estimate, _ = self.parts(u, x_t, t)
         if c.rectify:
-            pull = self.pull(u, estimate, kind, batch, rng)
+            whole = self.rows(0, rng)
+            pull = self.pull(u[whole], estimate[whole], batch.rows(whole), rng) / len(batch)
             loss = loss + c.rectify * pull
             logs |= {"loss": loss, "pull": pull}
         return Loss(loss, logs | sample_parts(estimate))
+
+    def images(self, batch: Batch, rng: Rng) -> Tensor:
+        """The clean images [B, ...]: the student's own for samples of that kind, or for all."""
+        if batch.x is None:
+            return self.images_of_its_own(batch, rng)
+        x, own = batch.x.clone(), self.rows(PARTS - 1, rng)
+        if len(batch.index[own]):
+            x[own] = self.images_of_its_own(batch.rows(own), rng).to(x)
+        return x
 
     @torch.no_grad()
     def images_of_its_own(self, batch: Batch, rng: Rng) -> Tensor:
@@ -182,11 +196,14 @@ class TwinFlowTrainer(JumpTrainer):
             state, at = self.landed(u, state, now, then), end
         return total
 
-    def pull(self, u: Tensor, x: Tensor, kind: Tensor, batch: Batch, rng: Rng) -> Tensor:
-        """What moves whole steps along the gap of the two fields at their own images noised.
+    def pull(self, u: Tensor, x: Tensor, batch: Batch, rng: Rng) -> Tensor:
+        """What moves whole steps along the gap of the two fields at their own images noised: its
+        sum, as often as there are kinds.
 
         Their drift goes down by the gap, own less real, and with it the image up.
         """
+        if not len(batch):
+            return u.sum()
         t = self.placed((self.bounds[1] * rng.uniform("own-t", batch.index)).clamp_min(LEAST))
         x_t = self.process.noise(x.detach(), self.z(batch, rng, "own-e"), t)
         with torch.no_grad(), self.autocast():
@@ -195,15 +212,14 @@ class TwinFlowTrainer(JumpTrainer):
                 for one in (1.0, 0.0)
             ]
             aim = u - (both[0] - both[1]).clamp(-BOUND, BOUND)
-        whole = (kind == 0).to(u.dtype)
-        each = whole * barron_weighted(mean_square(u - aim.detach()), self.config.c)
-        return PARTS * each.mean()
+        return PARTS * barron_weighted(mean_square(u - aim.detach()), self.config.c).sum()
 
     def passes(self) -> list[Pass]:
         """A trained pass; own images, the rest of a step, and the two fields."""
         c = self.config
-        calls = 1 + c.parts + (2 if c.rectify else 0)
-        own = [Pass("student", "train"), Pass("student", "forward", calls)]
+        made = Pass("student", "forward", 1, 1 / PARTS if c.images else 1)
+        own = [Pass("student", "train"), Pass("student", "forward", c.parts), made]
+        own += [Pass("student", "forward", 2, 1 / PARTS)] if c.rectify else []
         asked = Pass("teacher", "forward", 1, 2 if c.guided else 1)
         return [*own, asked] if c.velocity == "teacher" else own
 

@@ -24,7 +24,7 @@ from stepdistill.eval.kid import kid
 from stepdistill.eval.prdc import precision_recall
 from stepdistill.run.errors import UserError
 
-METRICS = ("fd", "kid", "pr", "diversity", "fid", "clip")
+METRICS = ("fd", "kid", "pr", "diversity", "fid", "clip", "straightness")
 _RECORDED = ("stepdistill", "torch", "diffusers", "clean-fid", "open_clip_torch")
 
 
@@ -32,7 +32,8 @@ class Row(BaseModel):
     """Figures of one model at one number of steps; what was not asked for is None.
 
     ``fd``, ``kid``, ``precision`` and ``recall`` are in the feature space ``features``;
-    ``diversity`` is the mean pairwise pixel distance of the samples; ``fid`` is clean-fid's.
+    ``diversity`` is the mean pairwise pixel distance of the samples; ``fid`` is clean-fid's;
+    ``straightness`` is of the flow's paths, whatever the steps of the samples.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -55,6 +56,7 @@ class Row(BaseModel):
     fid_mode: str | None = None
     clip: float | None = None
     clip_model: str | None = None
+    straightness: float | None = None
     train_seconds: float | None = None
     versions: dict[str, str] = {}
 
@@ -133,7 +135,7 @@ def evaluate(
         model: name of the model.
         method: how it was made.
         seed: that the samples were drawn with, for the record.
-        metrics: of fd, kid, pr, diversity, fid, clip.
+        metrics: of fd, kid, pr, diversity, fid, clip; straightness is not of samples, and left.
         clip: the scorer, if clip is asked for.
         captions: one a sample; else by class, where a sample's class is its index modulo theirs.
 

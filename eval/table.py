@@ -16,6 +16,7 @@ _COLUMNS: tuple[tuple[str, Callable[[Row], str | None]], ...] = (
     ("diversity", lambda row: _number(row.diversity, ".3f")),
     ("fid", lambda row: _number(row.fid, ".2f")),
     ("clip", lambda row: _number(row.clip, ".2f")),
+    ("straightness", lambda row: _number(row.straightness, ".4f")),
 )
 
 

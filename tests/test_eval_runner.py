@@ -90,7 +90,7 @@ def test_what_cannot_be_evaluated_is_named(reference, images):
         run(images, metrics=["clip"])
     with pytest.raises(UserError, match="fid was asked for, but the reference"):
         run(images, metrics=["fid"])
-    assert set(METRICS) == {"fd", "kid", "pr", "diversity", "fid", "clip"}
+    assert set(METRICS) == {"fd", "kid", "pr", "diversity", "fid", "clip", "straightness"}
 
 
 def test_another_network_is_never_fid(images):

@@ -14,6 +14,8 @@ from rich.console import Console
 from torch import Tensor
 
 from stepdistill.data.images import DataConfig, ImageSet, open_data
+from stepdistill.diffusion.cond import Cond
+from stepdistill.diffusion.timesteps import regular_start
 from stepdistill.eval.clip import ClipScorer, class_captions
 from stepdistill.eval.features import load_features
 from stepdistill.eval.fid import CleanFid
@@ -21,10 +23,13 @@ from stepdistill.eval.generate import generate, load_pipeline
 from stepdistill.eval.images import load_images
 from stepdistill.eval.runner import METRICS, Reference, Row
 from stepdistill.eval.runner import evaluate as figures_of
+from stepdistill.eval.straightness import flow_path, straightness
 from stepdistill.eval.table import results_table
-from stepdistill.run.assets import TEACHERS, teacher_path
+from stepdistill.run.assets import TEACHERS, load_teacher, teacher_path
 from stepdistill.run.errors import UserError
 from stepdistill.run.files import write_text
+
+PATHS = 500
 
 
 def device_of() -> str:
@@ -74,8 +79,9 @@ def evaluate(
     samples: dict[int | None, Tensor]
     captions: list[str] | None = None
     if is_image_folder(source):
-        if "clip" in metrics:
-            raise UserError(f"clip: the images in {target} have no captions; give a pipeline")
+        for metric, lack in (("clip", "captions"), ("straightness", "paths")):
+            if metric in metrics:
+                raise UserError(f"{metric}: the images in {target} have no {lack}; give a pipeline")
         samples, seen = {None: load_images(source)[:num]}, None
     else:
         pipe = load(target, trust_remote_code=trust_remote_code)
@@ -86,7 +92,7 @@ def evaluate(
         if "clip" in metrics:
             captions = class_captions(pipe.config.get("classes") or (), num)
         seen = seed
-    return figures_of(
+    rows = figures_of(
         samples,
         reference,
         model=title,
@@ -96,6 +102,27 @@ def evaluate(
         clip=clip,
         captions=captions,
     )
+    if "straightness" in metrics:
+        scale = pipe.config.get("default_guidance") or 1.0
+        found = straightness_of(target, seed, guidance=scale)
+        for row in rows:
+            row.straightness = found
+    return rows
+
+
+def straightness_of(target: str | Path, seed: int, *, guidance: float = 1.0) -> float:
+    """Straightness of the paths of a pipeline that is a flow, from :data:`PATHS` noises.
+
+    Raises:
+        UserError: one of few steps, which knows no others, or of a process that is not known.
+    """
+    den = load_teacher(str(target), device_of(), key="straightness")
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randn(PATHS, *den.sample_shape, generator=generator).to(device_of())
+    count = len(den.classes)
+    label = torch.arange(PATHS, device=z.device) % count if count else None
+    top = den.process.warp(torch.tensor([regular_start(den.process, den.head.name)]))
+    return straightness(*flow_path(den, z, float(top), Cond(label), guidance=guidance))
 
 
 def is_image_folder(path: Path) -> bool:

@@ -7,10 +7,9 @@ from torch import Tensor
 
 from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser
-from stepdistill.diffusion.guidance import guided
-from stepdistill.diffusion.process import Process
-from stepdistill.diffusion.sampler import first_state, full, move
-from stepdistill.diffusion.timesteps import Grid, flow_to_process
+from stepdistill.diffusion.sampler import first_state, full
+from stepdistill.diffusion.timesteps import Grid
+from stepdistill.eval.straightness import STEPS, flow_path, straightness
 from stepdistill.losses.consistency import landing_estimate
 from stepdistill.oracles.mixture import Mixture
 from stepdistill.proof import measure
@@ -154,32 +153,13 @@ def gain(trial: Trial, times: Grid, std: float) -> float | None:
 
 
 def _straight(made: Judge) -> None:
-    """Straightness of the student's paths in 32 even steps, over that of the teacher's.
-
-    In rectified flow's coordinates, where lines are straight whatever the process.
-    """
+    """Straightness of the student's paths in 32 even steps, over that of the teacher's."""
     trial = made.trial
-    process, top = trial.trainer.process, trial.trainer.top
     found = []
     for den, scale in ((trial.trainer.best(), 1.0), (trial.teacher.oracle, trial.teacher.guidance)):
         total = 0.0
         for _, cond in conds(trial):
             z = measure.even_normals(POINTS, trial.teacher.mixture.dim).float()
-            times = even_times(process, top, 32)
-            path = [first_state(process, z, top)]
-            for t, r in zip(times, times[1:], strict=False):
-                pred = guided(den.at(t), path[-1], full(z, t), cond, scale)
-                path.append(move(pred, process, full(z, r)))
-            sizes = [process.coefs(full(z, t)).expand(z) for t in times]
-            total += measure.straightness(
-                [x_t / (c.alpha + c.sigma) for x_t, c in zip(path, sizes, strict=True)]
-            )
+            total += straightness(*flow_path(den, z, trial.trainer.top, cond, guidance=scale))
         found.append(total)
-    made.add("straightness, of the teacher's", found[0] / found[1], 0.1, steps=32)
-
-
-def even_times(process: Process, top: float, steps: int) -> Grid:
-    """Times from ``top`` to 0 that are even in rectified flow's time."""
-    whole = process.flow_time(torch.tensor([top], dtype=torch.float64))
-    s = whole * (1 - torch.arange(1, steps, dtype=torch.float64) / steps)
-    return (top, *flow_to_process(s, process).tolist(), 0.0)
+    made.add("straightness, of the teacher's", found[0] / found[1], 0.1, steps=STEPS)

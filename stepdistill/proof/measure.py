@@ -97,18 +97,3 @@ def mode_gap(x: Tensor, law: Mixture) -> float:
 def least_mode(x: Tensor, law: Mixture) -> float:
     """Share of the most neglected mode, as a part of its weight; 0 where one is lost."""
     return float((law.shares(x.double()) / law.weights).min())
-
-
-def straightness(path: list[Tensor]) -> float:
-    """Mean over steps of the squared gap between a step's velocity and the whole path's, a
-    coordinate; 0 for straight paths of even steps.
-
-    Args:
-        path: states [N, D] from noise to image.
-    """
-    steps = len(path) - 1
-    whole = path[0] - path[-1]
-    parts = [
-        ((a - b) * steps - whole).square().mean() for a, b in zip(path, path[1:], strict=False)
-    ]
-    return float(torch.stack(parts).mean())

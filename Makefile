@@ -13,7 +13,7 @@ WHEEL := build/types
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
 
-demo: $(READY)  ## distil the digits teacher by every method; leaves out/demo/report.html
+demo: $(READY)  ## distil the digits teacher by five methods; leaves out/demo/report.html
 	$(BIN)/stepdistill demo --out $(OUT)
 
 test: lint types  ## everything that CI checks: lint, types of the built wheel, tests

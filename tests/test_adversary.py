@@ -181,6 +181,31 @@ def test_gradients_of_both_sides_reach_what_they_should(features) -> None:
     assert moved == (features == "critic")
 
 
+def test_approximate_r1_is_the_square_of_what_a_little_noise_changes() -> None:
+    """r1 mean (l(x) - l(x + r1_noise n))^2 of the data's logits, beside the plain loss."""
+    keys = {"features": "state", "head": "mlp"}
+    one, none = (make("dmd2", mlp_teacher(), adversary={**keys, "r1": r1}) for r1 in (3.0, 0.0))
+    adversary, batch, rng = one.adversary, batch_of(one, 0), Rng(0).at(0, 1)
+    for param in adversary.net.parameters():  # logits are 0 at first
+        param.data.add_(0.1)
+    none.adversary.net.load_state_dict(adversary.net.state_dict())
+    t, x, e = torch.linspace(0.2, 0.8, len(batch)), one.z(batch, rng), one.z(batch, rng, "e")
+    critic = one.denoiser("critic")
+    told, plain = (
+        made.adversary.discriminate(x, e, t, {}, critic, batch, rng) for made in (one, none)
+    )
+    own = e if adversary.config.same_noise else rng.normal("real-e", batch.index, x.shape[1:])
+    x_t = one.process.noise(batch.x, own, t)
+    near = x_t + adversary.config.r1_noise * rng.normal("r1", batch.index, x.shape[1:])
+    logits = [
+        adversary.net(adversary.features(y, t, critic, batch.cond), batch.cond.label)
+        for y in (x_t, near)
+    ]
+    expected = 3.0 * (logits[0] - logits[1]).square().mean()
+    assert float(expected) > 0
+    torch.testing.assert_close(told - plain, expected, rtol=1e-3, atol=1e-9)
+
+
 @pytest.mark.parametrize("loss", ["non_saturating", "hinge", "relativistic"])
 def test_the_students_gradient_is_that_of_one_whole_graph(loss) -> None:
     """The adversarial part, taken in two stages behind a frozen tail, against plain autograd."""

@@ -61,7 +61,7 @@ def test_all_that_shorten_take_part_and_learn_the_law_of_one_teacher() -> None:
     for entry in one:
         config = read_config(entry.config, entry.keys)[1]
         assert config.teacher == students.TEACHER
-        assert config.guides_law is (entry.method in ("sid_lsg", "snoopi"))
+        assert config.guides_law is (entry.method == "sid_lsg")
 
 
 def test_one_run_serves_every_number_of_steps_where_it_can() -> None:

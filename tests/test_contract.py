@@ -1,4 +1,4 @@
-"""The contract of every method that needs whole runs: kills at every boundary, and the export.
+"""The contract of every method that needs whole runs: kills at boundaries, and the export.
 
 Methods are found by their files and run by their configs; nothing here names one.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -231,6 +232,36 @@ def test_scales_of_long_and_short_guidance_are_those_asked() -> None:
     h, h_null = net(x_t, 1000 * t, label), net(x_t, 1000 * t, null)
     torch.testing.assert_close(asked.fake.h, h_null + 1.5 * (h - h_null))
     torch.testing.assert_close(asked.real.h, h_null + 3.0 * (h - h_null))
+
+
+# The ratio of densities ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rollout", [True, False])
+@pytest.mark.parametrize("method", ["uni_instruct", "f_distill"])
+def test_the_ratio_counts_at_exits_whose_images_the_head_knows(
+    method, rollout, monkeypatch
+) -> None:
+    """Of heads that learn what the sampler makes that is the last one; others take weight one."""
+    head = {"features": "state", "head": "mlp", "student": 0.0}
+    made: Any = trained(method, student_steps=3, critic_rollout=rollout, adversary=head)
+    seen: list[Any] = []
+    asked = "cost" if method == "uni_instruct" else "direction"
+    original = getattr(made, asked)
+    monkeypatch.setattr(made, asked, lambda one: (seen.append(one), original(one))[1])
+    exits = []
+    for step in range(3, 15):
+        rng = Rng(0).at(step, 0)
+        exits.append(rng.integer("exit", 3))
+        with made.players["student"].turn():
+            made.student_loss(batch_of(made, step), rng)
+    assert set(exits) == {0, 1, 2}
+    assert [one.ratio is not None for one in seen] == [e == 2 or not rollout for e in exits]
+    told = next(one for one in seen if one.ratio is not None)
+    plain = original(replace(told, ratio=None))
+    assert not torch.equal(original(told), plain)
+    ones = original(replace(told, ratio=torch.ones_like(told.ratio)))
+    torch.testing.assert_close(ones, plain)
 
 
 # SiDA's head --------------------------------------------------------------------------------------

@@ -364,9 +364,11 @@ def test_a_head_reads_both_experts_of_a_split_where_their_widths_are_one(split) 
     head = {"adversary": {"features": "critic"}}
     run(split(**head), 0, 6)
     run(split(mlp_teacher(width=8)), 0, 6)
-    with pytest.raises(UserError, match="^adversary: .* teacher_low have other widths") as caught:
+    with pytest.raises(UserError, match="^adversary: teacher_low has features at other") as caught:
         split(mlp_teacher(width=8), **head)
     assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="^adversary: teacher_low has features at other modules"):
+        split(mlp_teacher(depth=4), **head)
 
 
 @pytest.mark.parametrize("rank", [None, 4], ids=["whole", "lora"])

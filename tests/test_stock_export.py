@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 from diffusers import DiffusionPipeline
 
+from stepdistill.commands.evaluate import available
 from stepdistill.diffusion.heads import HEADS
 from stepdistill.diffusion.process import EDM, RF, VP
 from stepdistill.pipelines.stock import stock_scheduler
+from stepdistill.run.assets import load_teacher
+from stepdistill.run.errors import UserError
 from tests.children import stepdistill
 from tests.recipes import command
 
@@ -60,6 +63,9 @@ def test_a_student_draws_the_same_on_it(folder, request, method, keys, name, wal
     assert len(pipe(num_images=3, num_inference_steps=4).images) == 3
     with pytest.raises(ValueError, match="this student has"):
         pipe(num_inference_steps=5)
+    assert available(pipe, [3, 4, 5], "x") == [4]
+    with pytest.raises(UserError, match="a student of few steps on a stock scheduler"):
+        load_teacher(str(out))
 
 
 @pytest.mark.parametrize(

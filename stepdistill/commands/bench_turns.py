@@ -30,9 +30,13 @@ class Turns:
 
 
 def turn_costs(trainer: Trainer, processes: Processes, rounds: int) -> Turns:
-    """Peak memory of the student's turn over its own pass; time of the critic's over its passes."""
+    """Peak memory of the student's turn over its own pass; time of the critic's over its passes.
+
+    In the last stage, where most networks are held.
+    """
     out = Turns()
     step = trainer.config.steps - 1
+    trainer.prepare(step)
     batch = next(Source(trainer, processes, Watch(trainer.config)).batches(step))
     turns = trainer.turns(step)
     own = next((turn for turn in turns if turn.player.startswith("student")), None)

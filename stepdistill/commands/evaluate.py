@@ -159,7 +159,7 @@ def teacher_beside(
 
 def available(pipe: Any, steps: Sequence[int], title: str) -> list[int]:
     """Those numbers of steps that a pipeline can sample in."""
-    grids = pipe.scheduler.config.get("grids")
+    grids = pipe.scheduler.config.get("grids") or pipe.config.get("walks")
     if not grids:
         return list(steps)
     chosen = [n for n in steps if str(n) in grids]

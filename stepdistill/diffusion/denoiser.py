@@ -235,6 +235,11 @@ class Denoiser(Branch):
         """
         folder = pipeline_folder(source)
         index, key = read_index(folder / "model_index.json")
+        if index.get("walks"):
+            raise ValueError(
+                f"{folder}: a student of few steps on a stock scheduler, which is no teacher; "
+                "export it without --stock if its method makes flows"
+            )
         process, head = read_scheduler(folder / "scheduler", index["scheduler"][1])
         net = read_network(folder, key, index[key][1], dtype)
         adapter = adapter_for(net)

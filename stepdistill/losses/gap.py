@@ -86,6 +86,7 @@ class Reward(Weight):
 
     Here: the reward's centre and scale are constants, where Stream-R1 has running statistics, and
     weights are not brought to a mean of 1 in the batch: a sample's does not depend on the others.
+    There is one reward: no fusion of several axes, and no penalty for their imbalance.
     """
 
     reward: Plugged[AnyReward] = Field(description="of the clean estimate")
@@ -105,7 +106,8 @@ class Reward(Weight):
 class Saliency(Weight):
     """Where in a sample the reward's gradient is large, with mean 1 in each sample (Stream-R1).
 
-    floor + (1 - floor) S / max S, S the gradient's mean size over the channels of a position.
+    floor + (1 - floor) S / max S, S the gradient's mean size over the channels of a position. Here:
+    positions of all axes are alike, where Stream-R1 weighs time and space apart.
     """
 
     reward: Plugged[AnyReward] = Field(description="of the clean estimate")

@@ -76,8 +76,9 @@ class CRDConfig(TrainConfig):
 class CRDTrainer(Trainer):
     """Centred reward distillation, spec 5.22.
 
-    Here: the older self makes the samples, the loss is divided by beta once, and the weight of the
-    teacher's term is constant, where the released code adapts it to the reward.
+    Here: the older self makes the samples, the loss is divided by beta once, the weight of the
+    teacher's term is constant, where the released code adapts it to the reward, and rewards are
+    clipped, not mapped to [0, 1].
     """
 
     Config = CRDConfig

@@ -66,8 +66,9 @@ class DMDTrainer(Matching, GridTrainer):
 
     The regression is that of DMD (Yin et al. 2023), spec 5.3. Here: its distance is taken in
     pixels, where the paper has LPIPS, which needs a pretrained network; the fake score's times are
-    logit-normal unless ``critic_t`` says otherwise; and matching and regression see one batch of
-    labels, the pairs', where the paper draws a smaller one for it.
+    logit-normal unless ``critic_t`` says otherwise; the normaliser is DMD2's, without the factor
+    alpha that DMD's text has besides, which is not verified; and matching and regression see one
+    batch of labels, the pairs', where the paper draws a smaller one for it.
     """
 
     Config = DMDConfig

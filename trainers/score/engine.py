@@ -93,6 +93,11 @@ class ScoreConfig(TrainConfig):
         return bool(self.guide.on(self.guidance))
 
     @property
+    def guides_law(self) -> bool:
+        """See :attr:`TrainConfig.guides_law`; not where teacher and fake score are guided alike."""
+        return self.guided and self.guide.leads
+
+    @property
     def guides_fake(self) -> bool:
         """Whether the fake score is guided, asked or trained, and so must know "no class"."""
         return bool(self.guide.on_fake(self.guidance) or self.guide.trained() != 1)

@@ -37,7 +37,8 @@ class FDistillTrainer(Matching, GridTrainer):
 
     Here: weights are divided by the weight at r = 1, a constant, where the reference code divides
     by running means over bins of t and over the batch; before the head takes part
-    (``adversary.from_step``) they are 1.
+    (``adversary.from_step``), and at the earlier exits of several steps, whose images are not those
+    that the head knows, they are 1.
     """
 
     Config = FDistillConfig

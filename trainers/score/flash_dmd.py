@@ -85,7 +85,8 @@ class FlashDMDTrainer(Matching, GridTrainer):
     Here: matching and adversarial updates alternate in a fixed order, the fake score learns the
     samples of matched exits alone, the fake score's share, beta and the number of candidates are
     ours, rewards read clean estimates, and the student's own average is the preferences'
-    reference. ``recompute`` is for matching updates; the others hold one network's graph anyway.
+    reference; heads read any frozen features of pictures, where the notes have SAM's.
+    ``recompute`` is for matching updates; the others hold one network's graph anyway.
     """
 
     Config = FlashDMDConfig

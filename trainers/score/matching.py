@@ -51,7 +51,7 @@ class Matching(ScoreTrainer):
                 asked.features, self.denoiser(self.fake), t, batch, rng
             )
             (push,) = torch.autograd.grad(loss, leaf)
-            against, odds = (made.x * push).sum(), ratio(logits)
+            against, odds = (made.x * push).sum(), ratio(logits) if made.known else None
             logs = {"adversarial": loss}
         with torch.no_grad():
             fake, real = asked.fake.x.detach(), asked.real.x.detach()

@@ -131,11 +131,11 @@ class PhasedDMDTrainer(Matching):
             )
         if self.adversary and isinstance(self.teacher, Split):
             low = Adversary(self.adversary.config, self.teacher, self.teacher.part(1), 0)
-            shapes = ([w.shape for w in one.net.parameters()] for one in (low, self.adversary))
-            if next(shapes) != next(shapes):
+            read = ((a.names, [w.shape for w in a.net.parameters()]) for a in (low, self.adversary))
+            if next(read) != next(read):
                 raise UserError(
-                    "adversary: the features of teacher_low have other widths than the teacher's, "
-                    "and one head reads both; set adversary=null"
+                    "adversary: teacher_low has features at other modules or of other widths than "
+                    "the teacher, and one head reads both; set adversary=null"
                 )
         least = self.config.steps - self.length * (self.count - 1)  # steps of the last phase
         if least <= self.config.critic_first:

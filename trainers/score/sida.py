@@ -46,8 +46,8 @@ class SiDATrainer(SiDTrainer):
     """SiDA (Zhou et al. 2024), spec 5.7; before ``adversary.from_step`` it is ``sid``.
 
     The adversarial loss has the scores' normaliser, as in its code. Here: the discriminator's
-    loss is not weighted by the noise level, and its weights are set by the config and not by the
-    number of pixels.
+    loss is not weighted by the noise level, its weights are set by the config and not by the
+    number of pixels, and the fake score has no warm-up unless ``critic_first`` gives it one.
     """
 
     Config = SiDAConfig

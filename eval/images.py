@@ -94,17 +94,22 @@ def save_grid(
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists; pass overwrite")
     path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = tiled(images, columns or math.ceil(math.sqrt(len(images))))
+    scale = scale or max(1, 48 // max(images.shape[-2:]))
+    _write_png(path, pixels.repeat(scale, axis=0).repeat(scale, axis=1))
+
+
+def tiled(images: Tensor, columns: int) -> npt.NDArray[np.uint8]:
+    """All images [N, C, H, W] in [-1, 1] side by side as bytes [H, W, C], white between them."""
     pixels = to_uint8(images)
     count, height, width, depth = pixels.shape
-    columns = columns or math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
     sheet = np.full((rows * (height + 1) + 1, columns * (width + 1) + 1, depth), 255, np.uint8)
     for place, tile in enumerate(pixels):
         row, column = divmod(place, columns)
         top, left = row * (height + 1) + 1, column * (width + 1) + 1
         sheet[top : top + height, left : left + width] = tile
-    scale = scale or max(1, 48 // max(height, width))
-    _write_png(path, sheet.repeat(scale, axis=0).repeat(scale, axis=1))
+    return sheet
 
 
 def to_uint8(images: Tensor) -> npt.NDArray[np.uint8]:

@@ -11,10 +11,10 @@ from xml.etree import ElementTree
 
 import pytest
 
-from stepdistill.commands.proof_charts import Sound, bins, equal, pictures, window
+from stepdistill.commands.proof_charts import Sound, bins, equal, paths, pictures, window
 from stepdistill.commands.proof_page import write_markdown, write_page
 from stepdistill.commands.proof_words import figure, headline, theory
-from stepdistill.proof.ground import Cloud, Outcome
+from stepdistill.proof.ground import Cloud, Lines, Outcome
 from stepdistill.proof.rows import Row
 from stepdistill.proof.trial import Case
 from stepdistill.trainers.fixed_point import FixedPoint
@@ -344,3 +344,22 @@ def test_headlines(outcomes) -> None:
     good, bad = outcomes[0].rows, outcomes[2].rows
     assert headline(good[:1]) == "The one figure holds"
     assert headline(good + bad[:1]) == "1 of 3 figures falls short"
+
+
+@pytest.mark.parametrize("dim", [1, 2, 3])
+def test_paths_of_teacher_and_student_stand_side_by_side(dim) -> None:
+    """On a line over time, else in the plane; one that is not finite is left out and told."""
+    times = [1.0, 0.5, 0.0]
+    lines = [
+        Lines(whose, times, [[[value * t] * dim for t in times] for value in (1.0, -2.0, last)])
+        for whose, last in (("student", NAN), ("teacher", 3.0))
+    ]
+    theirs, mine = paths("x", "m0", lines)
+    assert "paths of the teacher" in theirs.caption and "not finite" not in theirs.caption
+    assert "paths of the student" in mine.caption and "1 not finite, left out" in mine.caption
+    assert ("from noise at 0 to image at 1" in mine.caption) == (dim == 1)
+    for drawn, kind, count in ((theirs, "theirs", 3), (mine, "way", 2)):
+        svg = ElementTree.fromstring(drawn.svg)
+        (track,) = [part for part in svg.iter("path") if part.get("class") == kind]
+        assert track.get("d").count("M") == count and track.get("d").count("L") == 2 * count
+    assert list(paths("x", "m0", [])) == []

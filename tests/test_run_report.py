@@ -57,6 +57,7 @@ def test_the_page_of_a_run(folder) -> None:
 def test_a_run_without_a_fake_score_or_not_yet_finished(folder, tmp_path) -> None:
     text = Page(report(folder / "reflow", tmp_path / "a.html").read_text("utf-8")).text
     assert "student/loss" in text and "student/lag" not in text and "skipped_share" in text
+    assert re.search(r"straightness 0\.\d{4} \(teacher\) and 0\.\d{4} \(student\)", text)
     run = tmp_path / "run"
     run.mkdir()
     for name in ("config.yaml", "log.jsonl"):

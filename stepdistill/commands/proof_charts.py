@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from html import escape
 
 from stepdistill.commands.charts import Point, Scale
-from stepdistill.proof.ground import Cloud
+from stepdistill.proof.ground import Cloud, Lines
 
 BINS = 40
 WIDTH, HEIGHT = 240.0, 196.0  # of a plot over a line, in pixels
@@ -208,6 +208,52 @@ def _caption(cloud: Cloud, points: Sound, outside: int, what: str) -> str:
     steps = f"{cloud.steps} step{'' if cloud.steps == 1 else 's'}"
     left = f"; {points.lost} of {len(cloud.x)} not finite, left out" if points.lost else ""
     return f"{steps}: {what}{left}" + (f"; {outside} outside" if outside else "")
+
+
+def paths(name: str, colour: str, lines: Sequence[Lines]) -> Iterator[Drawn]:
+    """Paths from noise to image: of the teacher, and beside them the student's of the same noises.
+
+    On a line over time, else in the plane of the first two coordinates.
+
+    Args:
+        name: of the case.
+        colour: class that sets the student's colour.
+        lines: of teacher and student.
+    """
+    flat = [path for one in lines for path in one.paths if all(map(_finite, path))]
+    if not flat:
+        return
+    dim = min(2, len(flat[0][0]))
+    spans = [_span(point[k] for path in flat for point in path) for k in range(dim)]
+    for one in sorted(lines, key=lambda one: one.whose != "teacher"):
+        drawn = [path for path in one.paths if all(map(_finite, path))]
+        if dim == 1:
+            x, y = Scale(0.0, 1.0, _LEFT, WIDTH - _RIGHT), Scale(*spans[0], HEIGHT - _BASE, _TOP)
+            tracks = [
+                [(1 - t, point[0]) for t, point in zip(one.times, path, strict=True)]
+                for path in drawn
+            ]
+        else:
+            x, y = equal(spans)
+            tracks = [[(point[0], point[1]) for point in path] for path in drawn]
+        kind = "theirs" if one.whose == "teacher" else "way"
+        ends = _dots("quiet" if kind == "theirs" else "mine", [track[-1] for track in tracks], x, y)
+        way = "".join(_track(track, x, y) for track in tracks)
+        parts = [*_left(x, y), *_bottom(x, y.start), f'<path class="{kind}" d="{way}"/>', ends]
+        lost = len(one.paths) - len(drawn)
+        caption = f"paths of the {one.whose}" + (
+            ", from noise at 0 to image at 1" if dim == 1 else ""
+        )
+        caption += f"; {lost} not finite, left out" if lost else ""
+        title = f"{name}: {len(drawn)} paths of the {one.whose} from noise to image"
+        yield Drawn(_svg(title, colour, y.start + _BASE, parts), caption)
+
+
+def _span(values: Iterable[float]) -> Span:
+    """From the least to the greatest, with some air."""
+    found = list(values)
+    air = 0.04 * (max(found) - min(found)) or 0.5
+    return min(found) - air, max(found) + air
 
 
 # Parts --------------------------------------------------------------------------------------------

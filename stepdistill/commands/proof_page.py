@@ -9,7 +9,7 @@ from pathlib import Path
 
 from stepdistill.commands import proof_words as words
 from stepdistill.commands.charts import number
-from stepdistill.commands.proof_charts import pictures
+from stepdistill.commands.proof_charts import paths, pictures
 from stepdistill.commands.proof_words import figure
 from stepdistill.commands.report import facts_section
 from stepdistill.commands.report_style import html_page
@@ -136,7 +136,10 @@ def _case(outcome: Outcome, colour: str, place: str) -> str:
     name = f"{outcome.case.method}, {words.setting(outcome)}"
     drawn = "".join(
         f"<figure>{one.svg}<figcaption>{escape(one.caption)}</figcaption></figure>"
-        for one in pictures(name, colour, outcome.clouds)
+        for one in (
+            *pictures(name, colour, outcome.clouds),
+            *paths(name, colour, outcome.lines),
+        )
     )
     shown = f'<div class="clouds">{drawn}</div>' if drawn else ""
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in outcome.notes)

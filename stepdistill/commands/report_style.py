@@ -154,6 +154,8 @@ section > .state { margin-bottom: 28px }
 .cloud .bars { fill: var(--m); opacity: .38 }
 .cloud .theory { stroke: var(--ink); stroke-width: 1.5; opacity: .7; stroke-linejoin: round }
 .cloud .quiet, .cloud .mine { stroke-linecap: round }
+.cloud .way { stroke: var(--m); stroke-width: 1; opacity: .75; stroke-linejoin: round }
+.cloud .theirs { stroke: var(--faint); stroke-width: 1; stroke-linejoin: round }
 .cloud .quiet { stroke: var(--faint); stroke-width: 3.2; opacity: .75 }
 .cloud .mine { stroke: var(--m); stroke-width: 2.6; opacity: .8 }
 .cloud .gaps { stroke: var(--ink); stroke-width: .8; opacity: .45 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
@@ -13,6 +14,7 @@ from stepdistill.commands.charts import Series, number
 from stepdistill.commands.read import read_config
 from stepdistill.commands.report import Grid, facts_section, grids_section
 from stepdistill.commands.report_style import html_page
+from stepdistill.commands.run_paths import paths
 from stepdistill.run.bands import BY_HAND, MEANINGS, SETTLED, Band, load, plain, series
 from stepdistill.run.errors import UserError
 from stepdistill.run.files import write_text
@@ -73,11 +75,25 @@ def page(run: Path, config: TrainConfig, rows: Sequence[dict[str, Any]]) -> str:
             "Samples along the run",
             "Above the teacher's, below the student's from the same noise.",
         ),
+        grids_section(
+            shown(run) if student else [],
+            "Paths",
+            "Of the teacher above, of the student below, in steps that are even in flow time.",
+        ),
         curves(rows, config),
         health(rows, config),
         facts_section(facts(run, config, rows, state, skipped), "The run"),
     ]
     return "\n".join(part for part in parts if part)
+
+
+def shown(run: Path) -> list[Grid]:
+    """The paths of a flow; where its teacher is gone, none, which is told."""
+    try:
+        return paths(run)
+    except UserError as error:
+        print(f"report: no paths are shown: {error}", file=sys.stderr)
+        return []
 
 
 def grids(run: Path) -> list[Grid]:

@@ -45,6 +45,21 @@ class Cloud:
 
 
 @dataclass(frozen=True)
+class Lines:
+    """Paths as plain numbers.
+
+    Args:
+        whose: "teacher" or "student".
+        times: flow times, falling [T].
+        paths: one a noise [N][T][D].
+    """
+
+    whose: str
+    times: list[float]
+    paths: list[list[list[float]]]
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What came of a case.
 
@@ -57,6 +72,7 @@ class Outcome:
         log: rows as a run's log has them.
         seconds: of training.
         steps: of training.
+        lines: paths of teacher and student, where they are judged by how straight they are.
     """
 
     case: Case
@@ -67,6 +83,7 @@ class Outcome:
     log: list[dict[str, object]] = field(default_factory=list)
     seconds: float = 0.0
     steps: int = 0
+    lines: list[Lines] = field(default_factory=list)
 
     @property
     def short(self) -> list[Row]:
@@ -132,6 +149,10 @@ def prove_case(case: Case, seconds: float | None = None) -> Outcome:
         log,
         round(trial.seconds, 2),
         trial.trainer.config.steps,
+        [
+            Lines(one.whose, one.times.tolist(), one.states.transpose(0, 1).double().tolist())
+            for one in made.walks
+        ],
     )
 
 

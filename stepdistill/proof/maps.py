@@ -19,6 +19,7 @@ from stepdistill.proof.rows import (
     SMALL,
     Judge,
     Picture,
+    Walks,
     conds,
     drawn,
     looked_at,
@@ -28,6 +29,7 @@ from stepdistill.proof.trial import Trial
 from stepdistill.trainers.solvers import Asked
 
 NEAR = 1e-6  # times that are one and the same
+WALKS = 32  # paths of a picture
 
 
 class Ideal(Denoiser):
@@ -156,10 +158,16 @@ def _straight(made: Judge) -> None:
     """Straightness of the student's paths in 32 even steps, over that of the teacher's."""
     trial = made.trial
     found = []
-    for den, scale in ((trial.trainer.best(), 1.0), (trial.teacher.oracle, trial.teacher.guidance)):
+    for whose, den, scale in (
+        ("student", trial.trainer.best(), 1.0),
+        ("teacher", trial.teacher.oracle, trial.teacher.guidance),
+    ):
         total = 0.0
-        for _, cond in conds(trial):
+        for label, cond in conds(trial):
             z = measure.even_normals(POINTS, trial.teacher.mixture.dim).float()
-            total += straightness(*flow_path(den, z, trial.trainer.top, cond, guidance=scale))
+            path, times = flow_path(den, z, trial.trainer.top, cond, guidance=scale)
+            total += straightness(path, times)
+            if not label:  # the first class, or none
+                made.walks.append(Walks(whose, times, torch.stack(path)[:, :WALKS]))
         found.append(total)
     made.add("straightness, of the teacher's", found[0] / found[1], 0.1, steps=STEPS)

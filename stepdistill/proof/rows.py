@@ -72,6 +72,21 @@ class Picture:
     paired: bool
 
 
+@dataclass(frozen=True)
+class Walks:
+    """Paths of one trial to draw, of the same noises, in rectified flow's coordinates.
+
+    Args:
+        whose: "teacher" or "student".
+        times: flow times, falling [T].
+        states: at these [T, N, D].
+    """
+
+    whose: str
+    times: Tensor
+    states: Tensor
+
+
 @dataclass
 class Judge:
     """Collects the rows of a trial.
@@ -80,12 +95,14 @@ class Judge:
         trial: what was trained.
         rows: so far.
         pictures: so far.
+        walks: so far.
         notes: what cannot be judged, and why.
     """
 
     trial: Trial
     rows: list[Row] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)
+    walks: list[Walks] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def add(

@@ -330,9 +330,7 @@ class ScoreTrainer(Trainer):
     def dropped(self, batch: Batch, rng: Rng) -> Cond:
         """The batch's condition, with a share of the labels turned to "no class"."""
         c, null = self.config, self.teacher.null_label
-        drop = c.critic_drop
-        if drop is None:
-            drop = NULL_SHARE if c.guides_fake else 0.0
+        drop = (NULL_SHARE if c.guides_fake else 0.0) if c.critic_drop is None else c.critic_drop
         if not drop or null is None:
             return batch.cond
         lost = rng.uniform("drop", batch.index) < drop
@@ -380,10 +378,7 @@ class ScoreTrainer(Trainer):
         return 0.0, 1.0
 
     def passes(self) -> list[Pass]:
-        """Generation, the passes of the comparison, and the fake score's own.
-
-        Those of steps in which the student has a turn.
-        """
+        """Those of steps in which the student has a turn: sample, comparison, and fake score."""
         c = self.config
         fakes = 2 if c.guide.on_fake(c.guidance) else 1
         trained = 1 if c.guide.trained() == 1 else 2

@@ -274,8 +274,9 @@ def test_tlcm_s_segments_rest_where_those_of_pcm_do(segments) -> None:
 
 
 @pytest.mark.parametrize("segments", [1, 2])
-def test_tlcm_of_the_data_s_states_without_milestones_is_pcm_bit_for_bit(segments) -> None:
-    """And so it is consistency where there is one segment."""
+def test_mlcm_s_segments_are_tlcm_on_states_of_data_and_pcm_bit_for_bit(segments) -> None:
+    """MLCM's multistep consistency distillation: ``tlcm`` with ``states: data`` and no milestones;
+    consistency where there is one segment."""
     keys = {"student_steps": segments, "pairs": {"kind": "grid", "steps": 8}, "guidance": 1.5}
     ends = []
     for method, own in (("pcm", {}), ("tlcm", {"states": "data", "milestones": None})):

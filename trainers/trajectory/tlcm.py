@@ -61,7 +61,8 @@ class TLCMTrainer(SegmentsTrainer):
     Here: each stage has the whole schedule of the learning rate, and distances are the config's
     ``metric``, not latent LPIPS. Its stages C (rewards) and D (a distribution's gradient with a
     discriminator) are runs of their own, of ``dmd2`` with ``terms`` and ``student``.
-    How MLCM itself goes on from segments to fewer steps is not verified.
+    MLCM's segments alone are ``milestones: null`` with ``states: data``; how it goes on from there
+    to fewer steps is not verified.
     """
 
     Config = TLCMConfig

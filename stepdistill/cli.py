@@ -237,11 +237,12 @@ def bench_step(
     overrides: Overrides = None,
     rounds: Annotated[int, typer.Option(help="interleaved rounds", min=3)] = 20,
     threads: Annotated[int, typer.Option(help="CPU threads; one is the steadiest", min=1)] = 1,
+    markdown: Annotated[Path | None, typer.Option(help="file whose table gets a row")] = None,
 ) -> None:
     """Time a training step, and its memory, against the bare network passes that it needs."""
     from stepdistill.commands.bench import run
 
-    run(config, overrides or (), rounds=rounds, threads=threads)
+    run(config, overrides or (), rounds=rounds, threads=threads, markdown=markdown)
 
 
 @bench.command("jvp")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from stepdistill.commands import bench, doctor
+from stepdistill.commands.bench_table import keep
 from stepdistill.commands.demo import METHODS, RATIOS, SPREADS, judge
 from stepdistill.run.errors import CheckFailed
 from stepdistill.trainers.find import methods
@@ -42,6 +43,30 @@ def test_bench_names_every_part_and_forms_the_ratio(method: str, capsys) -> None
     assert {"data", "clip, check, ema student", "optimizer critic"} <= set(medians)
     shown = capsys.readouterr().out
     assert "step / (passes + optimizers)" in shown and "teacher" in shown
+
+
+def test_rows_of_steps_are_kept_by_their_settings(tmp_path) -> None:
+    file = tmp_path / "B.md"
+    file.write_text("# Benchmarks\n\n## Other\n\nkept\n")
+    some = {"step": 0.1, "ratio": 1.02, "student peak": 110.0, "student alone": 100.0}
+    keep(file, "sim-digits", (), 128, some, (1.0, 1.04), 20, 1)
+    keep(file, "dmd2-digits", ("batch_size=16",), 16, some | {"critic ratio": 1.01}, (1, 1), 9, 1)
+    keep(file, "sim-digits", (), 128, some | {"step": 0.2}, (1.0, 1.04), 20, 1)
+    text = file.read_text()
+    assert "kept" in text and text.count("## What a step costs") == 1
+    rows = [line for line in text.splitlines() if line.startswith("| `")]
+    assert rows[0].startswith("| `dmd2-digits batch_size=16` | 16 | 100.0 | 1.020 (1.000 to 1.000)")
+    assert rows[1].startswith("| `sim-digits` | 128 | 200.0 | 1.020 (1.000 to 1.040) | 1.100 |  |")
+    assert "| 1.100 | 1.010 | 9, 1 |" in rows[0] and len(rows) == 2
+    head = next(line for line in text.splitlines() if line.startswith("| config"))
+    assert {line.count("|") for line in (head, *rows)} == {9}
+
+
+def test_bench_step_writes_its_row(tmp_path) -> None:
+    file = tmp_path / "B.md"
+    small = ["batch_size=4", "device=cpu"]
+    bench.run("consistency-digits", small, rounds=2, threads=1, markdown=file)
+    assert "| `consistency-digits batch_size=4 device=cpu` | 4 |" in file.read_text()
 
 
 TEACHER = [figures("teacher", n, fd) for n, fd in ((1, 6.5), (2, 3.7), (4, 1.3), (32, 0.3))]

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from stepdistill.commands.bench_pass import bare
+from stepdistill.commands.bench_table import keep
 from stepdistill.commands.bench_turns import turn_costs
 from stepdistill.commands.job import job
 from stepdistill.commands.read import read_config
@@ -37,8 +38,22 @@ from stepdistill.trainers.weigh import networks_line
 WARMUP = 3
 
 
-def run(config: str, overrides: Sequence[str], *, rounds: int, threads: int) -> dict[str, float]:
+def run(
+    config: str,
+    overrides: Sequence[str],
+    *,
+    rounds: int,
+    threads: int,
+    markdown: Path | None = None,
+) -> dict[str, float]:
     """Time a config's step and its parts, print the table, return the medians in seconds.
+
+    Args:
+        config: its name or file.
+        overrides: keys to set.
+        rounds: interleaved.
+        threads: of torch.
+        markdown: a file whose section of steps gets a row, if any.
 
     Raises:
         UserError: bad input.
@@ -53,7 +68,10 @@ def run(config: str, overrides: Sequence[str], *, rounds: int, threads: int) -> 
     show(trainer, medians, spread, threads)
     for line in turns.lines:
         Console().print(line)
-    return medians | turns.figures
+    found = medians | turns.figures
+    if markdown is not None:
+        keep(markdown, config, overrides, settings.batch_size, found, spread, rounds, threads)
+    return found
 
 
 def network_of(settings: TrainConfig) -> Denoiser:

@@ -16,10 +16,10 @@ HEAD = (
 )
 TEXT = (
     "By `stepdistill bench step CONFIG [KEY=VALUE ...] --markdown FILE`: a whole step's median "
-    "time over that of the bare network passes and optimizer updates which the method declares, timed "
-    "in turn in one process (in brackets the middle half of the rounds); the student's turn at its "
-    "peak of memory over its forward and backward alone; and, with a discriminator, the fake "
-    "score's turn over its passes."
+    "time over that of the bare network passes and optimizer updates which the method declares, "
+    "timed in turn in one process (in brackets the middle half of the rounds); the student's turn "
+    "at its peak of memory over its forward and backward alone; and, with a discriminator, the "
+    "fake score's turn over its passes."
 )
 
 

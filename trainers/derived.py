@@ -7,7 +7,7 @@ from stepdistill.trainers.base import Pass
 
 
 def derived(way: Way, count: float = 1) -> list[Pass]:
-    """The student's passes of ``count`` derivatives a step, its own output among them."""
+    """The student's passes of ``count`` derivatives a step."""
     forward = Pass("student", "forward", count, slope=way in ("jvp", "semi"))
     more = (CALLS[way] - 1) * count
     if not more:

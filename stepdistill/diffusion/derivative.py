@@ -19,8 +19,8 @@ from stepdistill.diffusion.process import expand
 warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
 
 Way = Literal["jvp", "difference", "central", "semi"]
-CALLS: dict[Way, int] = {"jvp": 1, "difference": 2, "central": 3, "semi": 2}
-"""Calls of the network by each way, the one at the state itself among them."""
+CALLS: dict[Way, int] = {"jvp": 1, "difference": 2, "central": 2, "semi": 2}
+"""Calls of the network by each way for the derivative alone, see :func:`rate`."""
 View = Callable[[Prediction], Tensor]
 
 
@@ -46,9 +46,8 @@ def along(
     The network is called itself and not by its wrapper, in fp32 also within autocast, and nothing
     here has a graph. Forward mode is one call, see :func:`slope`; the difference is two, of first
     order in its step and 0 at the first of times, the central one three, of second order but at the
-    ends of time. Semi is
-    forward mode in the state and a difference in time alone, for networks whose time cannot be
-    differentiated or turns fast (rCM, spec 1.10).
+    ends of time. Semi is forward mode in the state and a difference in time alone, for networks
+    whose time cannot be differentiated or turns fast (rCM, spec 1.10).
 
     Where steps of ``cond`` end stays as it is.
 
@@ -79,12 +78,39 @@ def along(
         if way == "semi":
             value, moved = slope(den, x_t, t, cond, view, d_x=velocity)
             return value, moved + torch.where(left, (value - at(x_t, before)) / wide, 0)
-        value, back = at(x_t, t), at(x_t - wide * velocity, before)
+        value = at(x_t, t)
         if way == "difference":
+            back = at(x_t - wide * velocity, before)
             return value, torch.where(left, (value - back) / wide, 0)
-        after = (t + step).clamp_max(den.process.t_max)
-        on = expand(after - t, x_t)
-        return value, (at(x_t + on * velocity, after) - back) / (on + wide)
+    return value, rate(den, x_t, t, cond, velocity, view, way=way, step=step)
+
+
+@torch.no_grad()
+def rate(
+    den: Denoiser,
+    x_t: Tensor,
+    t: Tensor,
+    cond: Cond,
+    velocity: Tensor,
+    view: View,
+    *,
+    way: Way = "jvp",
+    step: float = 0.01,
+) -> Tensor:
+    """The derivative of :func:`along` alone [B, ...]; the central difference asks two times then,
+    and not at the state itself."""
+    if way != "central":
+        return along(den, x_t, t, cond, velocity, view, way=way, step=step)[1]
+    x_t, velocity = x_t.float(), velocity.float()
+    t = t.float().clamp_min(den.process.t_min)
+    room = t if cond.end is None else t - cond.end
+    before = (t - room.clamp_max(step)).clamp_min(den.process.t_min)
+    after = (t + step).clamp_max(den.process.t_max)
+    with _bare(den), torch.autocast(x_t.device.type, enabled=False):
+        first, last = (
+            view(den(x_t + expand(at - t, x_t) * velocity, at, cond)) for at in (before, after)
+        )
+    return (last - first) / expand(after - before, x_t).clamp_min(1e-6)
 
 
 def slope(

@@ -159,9 +159,11 @@ class MDTDistTrainer(Trainer):
         """A trained pass, the teacher's, and those of the derivative, for each part."""
         c = self.config
         parts = int(c.matching > 0) + int(c.distillation > 0)
+        here = [Pass("student", "forward", parts)] if c.derivative == "central" else []
         return [
             Pass("student", "train", parts),
             *derived(c.derivative, parts),
+            *here,
             Pass("teacher", "forward", parts, 2 if c.guided else 1),
         ]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from stepdistill.data.batch import Batch
 from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser
-from stepdistill.diffusion.derivative import Way, along, drift
+from stepdistill.diffusion.derivative import Way, drift, rate
 from stepdistill.diffusion.guidance import guided
 from stepdistill.diffusion.process import expand
 from stepdistill.diffusion.sampler import NoiseSource
@@ -184,7 +184,7 @@ class JumpTrainer(Trainer):
     def whole_slope(self, draw: Draw, v: Tensor) -> Tensor:
         """The derivative of the student's u in flow time, along the field v, without a graph."""
         c = self.config
-        _, found = along(
+        found = rate(
             self.student,
             draw.x_t,
             draw.t,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from stepdistill.data.batch import Batch
 from stepdistill.diffusion.denoiser import Prediction
-from stepdistill.diffusion.derivative import Way, along
+from stepdistill.diffusion.derivative import Way, rate
 from stepdistill.diffusion.guidance import guided
 from stepdistill.diffusion.sampler import NoiseSource
 from stepdistill.diffusion.timesteps import Density, Grid, LogitNormal
@@ -198,7 +198,9 @@ class SCMTrainer(Trainer):
         c, student = self.config, self.denoiser("student")
         at = Angle.of(self.process, t, self.data, cosine=c.cosine)
         k = self.process.coefs(t).expand(x_t)
-        own, slope = along(
+        pred = student(x_t, t, batch.cond)
+        found = self.field(pred)
+        slope = rate(
             student,
             x_t,
             t,
@@ -208,10 +210,9 @@ class SCMTrainer(Trainer):
             way=c.derivative,
             step=c.difference_step * self.process.t_max,
         )
-        raw = tangent(own, slope, field(x, z, k, self.data), x_t, at, self.warmth(rng.step))
-        pred = student(x_t, t, batch.cond)
-        found = self.field(pred)
-        each = mean_square(found - found.detach() - bounded(raw, c.normal, c.norm_floor))
+        own, real = found.detach(), field(x, z, k, self.data)
+        raw = tangent(own, slope, real, x_t, at, self.warmth(rng.step))
+        each = mean_square(found - own - bounded(raw, c.normal, c.norm_floor))
         loss, logs = each.mean(), {"tangent": raw.flatten(1).norm(dim=1).mean()}
         if self.weigh is not None:
             log_weight = self.weigh(at)

@@ -16,7 +16,7 @@ from stepdistill.commands.peaks import peak
 from stepdistill.commands.read import read_config
 from stepdistill.data.batch import Batch
 from stepdistill.diffusion.denoiser import Denoiser
-from stepdistill.diffusion.derivative import CALLS, Way, along, drift
+from stepdistill.diffusion.derivative import CALLS, Way, drift, rate
 from stepdistill.run.rng import Rng
 
 WARMUP = 2
@@ -67,7 +67,7 @@ def ways(
 
     def by(way: Way) -> Callable[[], Tensor]:
         size = step * process.t_max
-        return lambda: along(den, z, t, batch.cond, velocity, drift, way=way, step=size)[1]
+        return lambda: rate(den, z, t, batch.cond, velocity, drift, way=way, step=size)
 
     return {"forward": plain} | {way: by(way) for way in CALLS}
 

@@ -258,11 +258,10 @@ class ImagePipeline(DiffusionPipeline):
         walks = self.config.get("walks")
         if walks and str(steps) not in walks:
             raise ValueError(f"num_inference_steps is {steps}; this student has {', '.join(walks)}")
-        takes = inspect.signature(self.scheduler.set_timesteps).parameters
         if isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
             sigmas = walks[str(steps)] if walks else [1.0 - i / steps for i in range(steps)]
             self.scheduler.set_timesteps(sigmas=sigmas, device=device)
-        elif walks and "timesteps" in takes:
+        elif walks and "timesteps" in inspect.signature(self.scheduler.set_timesteps).parameters:
             self.scheduler.set_timesteps(timesteps=walks[str(steps)], device=device)
         else:
             self.scheduler.set_timesteps(steps, device=device)

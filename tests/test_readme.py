@@ -16,6 +16,7 @@ from stepdistill.commands.read import read_config
 from tests.children import Done, stepdistill
 from tests.helpers import mlp_teacher, run, saved
 
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 SMALL = ["steps=3", "batch_size=16", "sample.every_steps=0", "eval.every_steps=0", "device=cpu"]
 
 
@@ -61,15 +62,13 @@ def run_line(line: str, folder: Path) -> Done:
     words = small(shlex.split(line))
     if words[0] == "stepdistill":
         return stepdistill(*words[1:], folder=folder)
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     place = next(i for i, word in enumerate(words) if "=" not in word)
     words[place] = str(Path(sys.executable).parent / words[place])
-    ran = subprocess.run(["env", *words], cwd=folder, env=env, capture_output=True, text=True)
+    ran = subprocess.run(["env", *words], cwd=folder, env=ENV, capture_output=True, text=True)
     return Done(ran.returncode, ran.stdout, ran.stderr)
 
 
 def test_the_commands_run_in_order(root: Path, tmp_path: Path) -> None:
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = []
     for block in blocks(root, "python"):
         if named := re.match(r"# (\w+\.py)\n", block):  # a file that a command is about
@@ -95,7 +94,7 @@ def test_the_commands_run_in_order(root: Path, tmp_path: Path) -> None:
             continue
         code = block.replace("steps=100", "steps=2")
         ran = subprocess.run(
-            [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True
+            [sys.executable, "-c", code], cwd=tmp_path, env=ENV, capture_output=True, text=True
         )
         assert ran.returncode == 0, f"{block}\n{ran.stderr[-2000:]}"
     assert (tmp_path / "three.png").is_file()

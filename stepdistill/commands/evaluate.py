@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stepdistill.data.images import DataConfig, ImageSet, open_data
 from stepdistill.diffusion.cond import Cond
-from stepdistill.diffusion.timesteps import regular_start
+from stepdistill.diffusion.timesteps import regular_start, uniform_grid
 from stepdistill.eval.clip import ClipScorer, class_captions
 from stepdistill.eval.features import load_features
 from stepdistill.eval.fid import CleanFid
@@ -78,6 +78,7 @@ def evaluate(
     title = name or str(target)
     samples: dict[int | None, Tensor]
     captions: list[str] | None = None
+    straight: float | None = None
     if is_image_folder(source):
         for metric, lack in (("clip", "captions"), ("straightness", "paths")):
             if metric in metrics:
@@ -86,6 +87,9 @@ def evaluate(
     else:
         pipe = load(target, trust_remote_code=trust_remote_code)
         chosen = available(pipe, steps, title)
+        if "straightness" in metrics:  # of the paths, and told first where there are none
+            scale = pipe.config.get("default_guidance") or 1.0
+            straight = straightness_of(target, seed, guidance=scale)
         samples = {
             n: generate(pipe, num, seed=seed, steps=n, batch_size=batch_size) for n in chosen
         }
@@ -102,11 +106,8 @@ def evaluate(
         clip=clip,
         captions=captions,
     )
-    if "straightness" in metrics:
-        scale = pipe.config.get("default_guidance") or 1.0
-        found = straightness_of(target, seed, guidance=scale)
-        for row in rows:
-            row.straightness = found
+    for row in rows:
+        row.straightness = straight
     return rows
 
 
@@ -121,8 +122,8 @@ def straightness_of(target: str | Path, seed: int, *, guidance: float = 1.0) -> 
     z = torch.randn(PATHS, *den.sample_shape, generator=generator).to(device_of())
     count = len(den.classes)
     label = torch.arange(PATHS, device=z.device) % count if count else None
-    top = den.process.warp(torch.tensor([regular_start(den.process, den.head.name)]))
-    return straightness(*flow_path(den, z, float(top), Cond(label), guidance=guidance))
+    (top, _) = uniform_grid(den.process, 1, regular_start(den.process, den.head.name))
+    return straightness(*flow_path(den, z, top, Cond(label), guidance=guidance))
 
 
 def is_image_folder(path: Path) -> bool:

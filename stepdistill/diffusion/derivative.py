@@ -71,8 +71,7 @@ def along(
     if way == "jvp":
         return slope(den, x_t, t, cond, view, d_x=velocity, d_t=torch.ones_like(t))
     with _bare(den), torch.autocast(x_t.device.type, enabled=False):
-        room = t if cond.end is None else t - cond.end
-        before = (t - room.clamp_max(step)).clamp_min(den.process.t_min)
+        before = _before(den, t, cond, step)
         wide = expand((t - before).clamp_min(1e-6), x_t)
         left = expand(before < t, x_t)  # of time, to step back in
         if way == "semi":
@@ -103,14 +102,19 @@ def rate(
         return along(den, x_t, t, cond, velocity, view, way=way, step=step)[1]
     x_t, velocity = x_t.float(), velocity.float()
     t = t.float().clamp_min(den.process.t_min)
-    room = t if cond.end is None else t - cond.end
-    before = (t - room.clamp_max(step)).clamp_min(den.process.t_min)
+    before = _before(den, t, cond, step)
     after = (t + step).clamp_max(den.process.t_max)
     with _bare(den), torch.autocast(x_t.device.type, enabled=False):
         first, last = (
             view(den(x_t + expand(at - t, x_t) * velocity, at, cond)) for at in (before, after)
         )
     return (last - first) / expand(after - before, x_t).clamp_min(1e-6)
+
+
+def _before(den: Denoiser, t: Tensor, cond: Cond, step: float) -> Tensor:
+    """Times [B] a step before t, no earlier than where steps of ``cond`` end."""
+    room = t if cond.end is None else t - cond.end
+    return (t - room.clamp_max(step)).clamp_min(den.process.t_min)
 
 
 def slope(

@@ -55,8 +55,8 @@ class UniInstructTrainer(Implicit, GridTrainer):
 
     Here: the ratio is each sample's own, from the head's logits, without a mean over the batch,
     and 1 until the head takes part, as it is at the earlier exits of several steps, whose images
-    are not those that the head knows; the adversarial loss has no normaliser, where SiDA's has; and
-    heads are of the config's kind, where SiDA's is a mean of channels; there is no warm-up;
+    are not those that the head knows; the adversarial loss has no normaliser, where SiDA's has;
+    heads are of the config's kind, where SiDA's is a mean of channels; there is no warm-up; and
     SiD's normaliser stands for the exact weight, which is ``weights: [likelihood]``. A guided
     teacher's score is no longer that of the data which the head sees, so ``exact`` is exact
     without guidance only.

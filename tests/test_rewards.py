@@ -18,6 +18,7 @@ from stepdistill.losses.reward import Reward as AnyReward
 from stepdistill.run.errors import UserError
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Trainer
+from stepdistill.trainers.score.engine import Sample
 from tests.helpers import (
     batch_of,
     dit_teacher,
@@ -30,6 +31,7 @@ from tests.helpers import (
     turn_gradients,
 )
 
+CORNER = f"{__file__}:Corner"
 OFF = [
     {"kind": "reward", "reward": "brightness", "beta": 0.0},
     {"kind": "saliency", "reward": "brightness", "floor": 1.0},
@@ -146,8 +148,33 @@ def test_a_weight_of_a_sample_multiplies_an_implicit_cost_s_gradient() -> None:
     made[1].load_state(2, *saved(made[0]))
     for a, b in zip(*(turn_gradients(one, 2)[0] for one in made), strict=True):
         torch.testing.assert_close(2 * a, b)
-    with pytest.raises(UserError, match="saliency weigh pixels, and sim takes one factor a sample"):
-        run(make("sim", dit_teacher(), weights=OFF[1:]), 0, 1)
+
+
+@pytest.mark.parametrize("method", ["sim", "sid", "sida", "uni_instruct"])
+def test_saliency_multiplies_the_entries_of_an_implicit_gradient(method) -> None:
+    """That in the image, with the head's part of it."""
+    keys = {"batch_size": 4} | ({"adversary": {"from_step": 0}} if method == "sida" else {})
+    plain, flat, corner = (
+        make(method, dit_teacher(), weights=weights, **keys)
+        for weights in ([], OFF[1:], [{"kind": "saliency", "reward": CORNER, "floor": 0.25}])
+    )
+    run(plain, 0, 6)
+    for one in (flat, corner):
+        one.load_state(6, *saved(plain))
+    x = noise(1, (4, *plain.teacher.sample_shape))
+    found = []
+    for one in (plain, flat, corner):
+        one.turns(6)
+        leaf = x.clone().requires_grad_()
+        made = Sample(leaf, 0.0, leaf)
+        loss = one.compare(made, batch_of(one, 6), Rng(0).at(6)).value
+        found += torch.autograd.grad(loss, leaf)
+    assert torch.equal(found[0], found[1])
+    share = torch.full(x.shape, 0.25)
+    share[:, 0, 0, 0] = 1.0
+    torch.testing.assert_close(found[2], found[0] * share / share[0].mean())
+    assert float(found[0].abs().max()) > 0
+    run(corner, 6, 8)
 
 
 # As SwiftBrush v2's term ---------------------------------------------------------------------

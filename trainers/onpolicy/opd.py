@@ -83,6 +83,7 @@ class OPDTrainer(Trainer):
             effort=0.7,
         ),
         "noise": Proof(("classes",), {"guidance": 2.0}, effort=0.7),
+        "flow-opd": Proof(("classes",), {"guidance": 2.0, "denominator": "flow"}, effort=0.7),
     }
 
     def setup(self) -> None:

@@ -77,6 +77,10 @@ class DMDTrainer(Matching, GridTrainer):
     proofs: ClassVar = {
         "one step": Proof(("gaussian", "gmm2d", "classes")),
         "two steps": Proof(("gaussian",), {"student_steps": 2}),
+        "rewarded": Proof(
+            ("gaussian",),
+            {"weights": ("mean_abs", {"kind": "reward", "reward": "brightness", "beta": 2.0})},
+        ),
         "regression": Proof(
             ("gaussian",),
             {"regression": {"pairs": {"num": 4096, "steps": 128, "batch_size": 4096}}},

@@ -15,20 +15,22 @@ from pydantic import Field
 from torch import Tensor
 
 from stepdistill.data.batch import Batch
+from stepdistill.diffusion.process import expand
 from stepdistill.losses.gap import Seen, Weight, product
-from stepdistill.run.errors import UserError
 from stepdistill.run.plug import Plugged
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Loss, Pass
 from stepdistill.trainers.score.adversary import ratio
 from stepdistill.trainers.score.engine import Sample, ScoreConfig, ScoreTrainer
 
+TINY = 1e-12  # below which a sample's factor is none
+
 
 class ImplicitConfig(ScoreConfig):
     """Settings of implicit-score methods."""
 
     weights: tuple[Plugged[Weight], ...] = Field(
-        (), description="factors of each sample's loss, multiplied and held constant; none: 1"
+        (), description="factors of each sample's gradient, multiplied and held constant; none: 1"
     )
 
 
@@ -41,20 +43,18 @@ class Implicit(ScoreTrainer):
     def cost(self, seen: Seen) -> Tensor:
         """The loss of each sample [B], without weights; all of ``seen`` is part of the graph."""
 
-    def weight(self, seen: Seen) -> Tensor:
-        """The product of the config's weights [B], held constant.
+    def weight(self, seen: Seen) -> tuple[Tensor, Tensor | None]:
+        """Each sample's factor [B], held constant, and those of its entries, of mean 1, or None.
 
-        Raises:
-            UserError: a weight of single pixels.
+        A sample's factor multiplies its loss; its entries', where weights tell them apart, multiply
+        the gradient in the image, the adversarial part's too.
         """
         with torch.no_grad():
             found = product(self.config.weights, seen)
-        if found[0].numel() > 1:
-            kinds = ", ".join(one.kind for one in self.config.weights)
-            raise UserError(
-                f"weights: {kinds} weigh pixels, and {self.config.method} takes one factor a sample"
-            )
-        return found.flatten()
+            whole = found.flatten(1).mean(dim=1)
+            if found[0].numel() == 1:
+                return whole, None
+            return whole, found / expand(whole.clamp_min(TINY), found)
 
     def push(self, seen: Seen) -> Tensor | None:
         """Factors of the adversarial loss [B], held constant; None for 1."""
@@ -77,10 +77,13 @@ class Implicit(ScoreTrainer):
             logs = {"adversarial": against}
             if made.known:
                 seen = replace(seen, ratio=ratio(logits))
-        each = self.weight(seen) * self.cost(seen)
+        whole, parts = self.weight(seen)
+        each = whole * self.cost(seen)
         loss = each.masked_fill(equal(fake, real), 0.0).mean()
         total = loss if against is None else loss + against
         (direction,) = torch.autograd.grad(total, leaf)
+        if parts is not None:
+            direction = direction * parts
         logs |= {"loss": loss, "gap": (fake - real).abs().mean()}
         return Loss((made.x * direction).sum(), logs | self.vitals(made, fake, real, t))
 

@@ -78,7 +78,7 @@ class SiDATrainer(SiDTrainer):
 
     def push(self, seen: Seen) -> Tensor | None:
         """See :meth:`Implicit.push`: the weights of the scores' loss."""
-        return self.weight(seen)
+        return self.weight(seen)[0]
 
 
 TRAINER = SiDATrainer

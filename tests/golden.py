@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from stepdistill.losses.distance import Distance
 from stepdistill.trainers.find import methods, trainer
 from tests.helpers import batch_of, cases, make, mlp_teacher
 
@@ -30,8 +31,8 @@ STEPS, SLACK = 20, 1e-6
 KEPT = re.compile(r"\w+/(loss|gap|direction|distance|grad_norm)")
 STEADY = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-2}
 SMOOTH = {"optim": STEADY, "critic": STEADY, "discriminator": STEADY}
-SMOOTH |= {"huber_scale": 1.0, "weight": "one"}
-SMOOTH |= {"distance": {"kind": "pseudo_huber", "scale": 1.0}}
+SMOOTH |= {"weight": "one"}
+HUBER = {"kind": "pseudo_huber", "scale": 1.0}
 """Settings, where a method has them, under which rounding stays what it is: an Adam whose first
 updates are no signs, a distance without a kink, and no weight that grows as a gap closes."""
 
@@ -54,17 +55,28 @@ class Difference:
         return f"{self.size:.2g} at step {self.step}, {self.name}: {self.old} -> {self.new}"
 
 
+def smooth(method: str) -> dict[str, Any]:
+    """The settings above that a method has."""
+    fields = trainer(method).Config.model_fields
+    found = {key: value for key, value in SMOOTH.items() if key in fields}
+    distances = [key for key in ("distance", "metric") if key in fields]
+    return found | {
+        key: HUBER
+        for key in distances
+        if isinstance(fields[key].get_default(call_default_factory=True), Distance)
+    }
+
+
 def curve(method: str, keys: dict[str, Any], *, jitter: float = 0.0) -> Curve:
     """Train on the small teacher and keep the losses: CPU, fp32, one thread.
 
     ``jitter`` is a relative change of the teacher's weights, as another rounding would make it.
     """
-    teacher, fields = mlp_teacher(), trainer(method).Config.model_fields
+    teacher = mlp_teacher()
     generator = torch.Generator().manual_seed(1)
     for param in teacher.net.parameters():
         param.data *= 1 + jitter * torch.randn(param.shape, generator=generator)
-    smooth = {key: value for key, value in SMOOTH.items() if key in fields}
-    made, found = make(method, teacher, steps=STEPS, **{**smooth, **keys}), {}
+    made, found = make(method, teacher, steps=STEPS, **{**smooth(method), **keys}), {}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

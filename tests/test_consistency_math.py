@@ -13,8 +13,9 @@ from torch import Tensor
 from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.diffusion.process import RF
-from stepdistill.losses.consistency import ect_partner, pair_weight
-from stepdistill.losses.regression import distance, huber_constant, pseudo_huber
+from stepdistill.losses.consistency import InverseGap, One, ect_partner
+from stepdistill.losses.distance import L2, Huber, PseudoHuber
+from stepdistill.losses.regression import huber_constant, pseudo_huber
 from stepdistill.oracles.denoiser import Oracle
 from stepdistill.run.errors import UserError
 from stepdistill.run.rng import Rng
@@ -183,8 +184,8 @@ def test_pairs_of_a_stage_and_their_weights() -> None:
     for step in range(8):
         t, r = made.times(made.batch(step), Rng(0).at(step))
         torch.testing.assert_close(r, t * (1 - 2.0 ** -(step // 2 + 1)))
-        torch.testing.assert_close(pair_weight(t, r, "inverse_gap") * (t - r), torch.ones(8))
-    assert torch.equal(pair_weight(t, r, "one"), torch.ones(8))
+        torch.testing.assert_close(InverseGap()(t, r, made.process) * (t - r), torch.ones(8))
+    assert torch.equal(One()(t, r, made.process), torch.ones(8))
 
 
 def test_pairs_on_a_grid_cover_it_and_stop_at_zero() -> None:
@@ -246,9 +247,31 @@ def test_huber_constant(dims, expected) -> None:
 
 def test_distances() -> None:
     delta = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
-    torch.testing.assert_close(distance(delta, "l2"), torch.tensor([25.0, 0.0]))
+    torch.testing.assert_close(L2()(delta), torch.tensor([25.0, 0.0]))
     expected = torch.tensor([math.sqrt(25.01) - 0.1, 0.0])
     torch.testing.assert_close(pseudo_huber(delta, 0.1), expected)
-    torch.testing.assert_close(distance(delta, "pseudo_huber", 0.1), expected)
-    own = distance(delta, "pseudo_huber")
-    torch.testing.assert_close(own, pseudo_huber(delta, 0.00054 * 2**0.5))
+    torch.testing.assert_close(PseudoHuber(scale=0.1 / 2**0.5)(delta), expected)
+    torch.testing.assert_close(PseudoHuber()(delta), pseudo_huber(delta, 0.00054 * 2**0.5))
+    each = math.sqrt(9.01) + math.sqrt(16.01) - 0.2
+    torch.testing.assert_close(Huber(c=0.1)(delta), torch.tensor([each, 0.0]))
+
+
+def test_a_user_s_own_distance_and_weight_of_pairs(tmp_path) -> None:
+    """Named in the config, both enter the loss."""
+    file = tmp_path / "own.py"
+    file.write_text(
+        "from stepdistill.losses.consistency import PairWeight\n"
+        "from stepdistill.losses.distance import Distance\n"
+        "class Three(PairWeight):\n"
+        "    def __call__(self, t, r, process):\n"
+        "        return 3 + 0 * t\n"
+        "class Double(Distance):\n"
+        "    def __call__(self, y):\n"
+        "        return 2 * y.square().flatten(1).sum(1)\n",
+        encoding="utf-8",
+    )
+    own = {"weight": f"{file}:Three", "metric": f"{file}:Double"}
+    made = [make("lcm", mlp_teacher(), **keys) for keys in ({"metric": "l2"}, own)]
+    batch = batch_of(made[0], 0)
+    plain, named = (float(one.loss(batch, Rng(0).at(0)).value) for one in made)
+    assert named == pytest.approx(6 * plain, rel=1e-5)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.diffusion.process import EDM, RF, VP, Coefs
-from stepdistill.losses.distance import L2, Distance, Power, PseudoHuber
+from stepdistill.losses.distance import L2, Distance, Huber, Power, PseudoHuber
 from stepdistill.losses.divergence import (
     ChiSquare,
     Divergence,
@@ -31,7 +31,16 @@ from tests.test_score_losses import E, W, all_times, estimates, plain, student
 
 MU, U = 0.2, 1.1  # the student of the spec's tables
 WIDE = (1e-12, 1e12)
-BUILT_IN = (PseudoHuber(), PseudoHuber(scale=0.3), L2(), Power(), Power(p=1.0), Power(p=3.0))
+BUILT_IN = (
+    PseudoHuber(),
+    PseudoHuber(scale=0.3),
+    Huber(),
+    Huber(c=0.5),
+    L2(),
+    Power(),
+    Power(p=1.0),
+    Power(p=3.0),
+)
 
 
 class LogCosh(Distance):

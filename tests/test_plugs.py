@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from stepdistill.losses.adversarial import AdversarialLoss
+from stepdistill.losses.consistency import PairWeight
 from stepdistill.losses.distance import Distance, Power, PseudoHuber
 from stepdistill.losses.divergence import Divergence, Jeffreys
 from stepdistill.losses.gap import MeanAbs, Weight
@@ -23,7 +24,7 @@ from stepdistill.run.plug import Plug, kind_of, kinds, made
 from stepdistill.trainers.find import trainer
 from tests.helpers import batch_of, make, mlp_teacher, run
 
-FAMILIES = (AdversarialLoss, Distance, Divergence, Guide, HeadPlug, Transport, Weight)
+FAMILIES = (AdversarialLoss, Distance, Divergence, Guide, HeadPlug, PairWeight, Transport, Weight)
 USER = '''
 from __future__ import annotations
 
@@ -104,7 +105,7 @@ def test_every_plug_in_of_ours_is_found_by_its_name_and_says_what_it_is(family) 
 
 def test_names_are_in_snake_case() -> None:
     assert kinds(Divergence).keys() >= {"reverse_kl", "forward_kl", "jensen_shannon", "jeffreys"}
-    assert set(kinds(Distance)) == {"pseudo_huber", "l2", "power"}
+    assert set(kinds(Distance)) == {"pseudo_huber", "huber", "l2", "power"}
 
 
 def test_a_class_of_tests_is_none_of_ours() -> None:

@@ -16,10 +16,9 @@ import pytest
 from stepdistill.commands.read import read_config
 from stepdistill.run import checkpoint
 from stepdistill.run.assets import load_teacher
-from stepdistill.trainers.find import trainer
 from tests import recipes
 from tests.children import ALONE, ByMethod, Done, losses, ranks, rows, stepdistill, weights
-from tests.golden import SMOOTH
+from tests.golden import smooth
 from tests.recipes import KINDS
 
 KILLS = {  # in this order in one job: boundary -> whether both die there, or the first alone
@@ -37,9 +36,8 @@ def command(method: str, run: str, *more: str) -> list[str]:
 
     Smooth, so that the sums of two halves, which round otherwise than one sum, stay near it.
     """
-    known = trainer(method).Config.model_fields
-    smooth = [f"{key}={json.dumps(value)}" for key, value in SMOOTH.items() if key in known]
-    return recipes.command(method, run, "batch_size=64", *smooth, "optim.lr=2e-4", *more)
+    calm = [f"{key}={json.dumps(value)}" for key, value in smooth(method).items()]
+    return recipes.command(method, run, "batch_size=64", *calm, "optim.lr=2e-4", *more)
 
 
 def job(folder: Path, method: str, run: str, *more: str) -> list[Done]:

@@ -2,16 +2,44 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from stepdistill.diffusion.process import Process
 from stepdistill.losses.regression import mean_square
+from stepdistill.run.plug import Plug
 
-Weight = Literal["one", "inverse_gap"]
 SnrWeight = Literal["truncated", "plus_one"]
+
+
+class PairWeight(Plug):
+    """What a pair of times counts; a config names a new one by ``kind: FILE.py:CLASS``."""
+
+    @abstractmethod
+    def __call__(self, t: Tensor, r: Tensor, process: Process) -> Tensor:
+        """Weights [B] of pairs (t, r), both [B], r < t, in the process's time."""
+
+
+class One(PairWeight):
+    """1 for all."""
+
+    def __call__(self, t: Tensor, r: Tensor, process: Process) -> Tensor:
+        """See :class:`PairWeight`."""
+        return torch.ones_like(t)
+
+
+class InverseGap(PairWeight):
+    """1 / (t - r), as ECT and iCT weigh their pairs."""
+
+    floor: float = Field(1e-4, gt=0, description="lower bound of t - r")
+
+    def __call__(self, t: Tensor, r: Tensor, process: Process) -> Tensor:
+        """See :class:`PairWeight`."""
+        return 1 / (t - r).clamp_min(self.floor)
 
 
 def ect_partner(t: Tensor, stage: int, q: float = 2.0) -> Tensor:
@@ -20,11 +48,6 @@ def ect_partner(t: Tensor, stage: int, q: float = 2.0) -> Tensor:
     Source: easy consistency tuning (Geng et al. 2024), its ratio with k = 0.
     """
     return t * (1 - q ** -(stage + 1))
-
-
-def pair_weight(t: Tensor, r: Tensor, kind: Weight) -> Tensor:
-    """1, or 1 / (t - r) as ECT and iCT weigh their pairs."""
-    return torch.ones_like(t) if kind == "one" else 1 / (t - r).clamp_min(1e-4)
 
 
 def landing_estimate(x_t: Tensor, x_r: Tensor, t: Tensor, r: Tensor, process: Process) -> Tensor:

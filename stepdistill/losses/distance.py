@@ -1,7 +1,7 @@
-"""Distances, by the difference y of two scores or images: what score implicit matching makes small.
+"""Distances, by the difference y of two scores or images: what many methods make small.
 
 A new one is a subclass with ``__call__``, differentiable, 0 at y = 0 and positive elsewhere; its
-slope comes by autograd. A config names it by ``distance: {kind: FILE.py:CLASS}``.
+slope comes by autograd. A config names it by ``{kind: FILE.py:CLASS}``.
 """
 
 from __future__ import annotations
@@ -71,6 +71,23 @@ class PseudoHuber(Distance):
         """y / sqrt(||y||^2 + c^2)."""
         root, _ = self._root(y)
         return y / expand(root.detach() if self.detach_norm else root, y)
+
+
+class Huber(Distance):
+    """The sum over entries of sqrt(y^2 + c^2) - c: each is square when small, length when large.
+
+    Source: the ``huber`` loss of diffusers' LCM training, which takes the mean over entries.
+    """
+
+    c: float = Field(1e-3, gt=0, description="where square becomes length")
+
+    def __call__(self, y: Tensor) -> Tensor:
+        """See :class:`Distance`."""
+        return (torch.sqrt(y.square() + self.c**2) - self.c).flatten(1).sum(dim=1)
+
+    def slope(self, y: Tensor) -> Tensor:
+        """y / sqrt(y^2 + c^2), entry by entry."""
+        return y / torch.sqrt(y.square() + self.c**2)
 
 
 class L2(Distance):

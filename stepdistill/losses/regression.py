@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
-
-Metric = Literal["l2", "pseudo_huber"]
 
 
 def sum_square(delta: Tensor) -> Tensor:
@@ -29,13 +27,6 @@ def huber_constant(shape: torch.Size, scale: float = 0.00054) -> float:
 def pseudo_huber(delta: Tensor, c: float) -> Tensor:
     """sqrt(||delta||^2 + c^2) - c over the whole sample [B] (iCT, eq. for d_c)."""
     return torch.sqrt(sum_square(delta) + c * c) - c
-
-
-def distance(delta: Tensor, metric: Metric, c: float | None = None) -> Tensor:
-    """The named distance of a difference: "l2" is the squared norm, "pseudo_huber" as above."""
-    if metric == "l2":
-        return sum_square(delta)
-    return pseudo_huber(delta, huber_constant(delta.shape) if c is None else c)
 
 
 class _Clip(torch.autograd.Function):

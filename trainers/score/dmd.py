@@ -79,7 +79,7 @@ class DMDTrainer(Matching, GridTrainer):
         "two steps": Proof(("gaussian",), {"student_steps": 2}),
         "rewarded": Proof(
             ("gaussian",),
-            {"weights": ("mean_abs", {"kind": "reward", "reward": "brightness", "beta": 2.0})},
+            {"weights": ("vsd", {"kind": "reward", "reward": "brightness", "beta": 2.0})},
         ),
         "regression": Proof(
             ("gaussian",),

@@ -21,8 +21,8 @@ from stepdistill.diffusion.denoiser import Denoiser, Prediction
 from stepdistill.diffusion.process import expand
 from stepdistill.diffusion.sampler import NoiseSource
 from stepdistill.diffusion.timesteps import Grid
-from stepdistill.losses.consistency import Weight, pair_weight
-from stepdistill.losses.regression import Metric, distance, huber_constant
+from stepdistill.losses.consistency import InverseGap, PairWeight
+from stepdistill.losses.distance import Distance, PseudoHuber
 from stepdistill.run.errors import UserError
 from stepdistill.run.plug import Plugged
 from stepdistill.run.ratios import sample_parts
@@ -57,9 +57,12 @@ class ConsistencyConfig(TrainConfig):
         "stop_gradient", description="whose estimate at r is the target"
     )
     target_decay: float = Field(0.95, ge=0, lt=1, description="decay of the ema target")
-    metric: Metric = Field("pseudo_huber", description="distance of the two estimates")
-    huber_scale: float = Field(0.00054, gt=0, description="c = huber_scale sqrt(dimensions)")
-    weight: Weight = Field("inverse_gap", description="one, or 1 / (t - r)")
+    metric: Plugged[Distance] = Field(
+        default_factory=PseudoHuber, description="distance of the two estimates"
+    )
+    weight: Plugged[PairWeight] = Field(
+        default_factory=InverseGap, description="what a pair counts: one, or 1 / (t - r)"
+    )
     scratch: bool = Field(
         False,
         description="begin with fresh weights, and not the teacher's; with solver=data nothing is "
@@ -222,12 +225,11 @@ class ConsistencyTrainer(Trainer):
 
     def worth(self, t: Tensor, r: Tensor) -> Tensor:
         """The weight of each pair (t, r) [B]."""
-        return pair_weight(t, r, self.config.weight)
+        return self.config.weight(t, r, self.process)
 
     def apart(self, delta: Tensor) -> Tensor:
         """The distance [B] that a difference of two estimates [B, C, *S] stands for."""
-        c = self.config
-        return distance(delta, c.metric, huber_constant(delta.shape, c.huber_scale))
+        return self.config.metric(delta)
 
     def beside(
         self, estimate: Tensor, target: Tensor, end: Tensor, batch: Batch, rng: Rng

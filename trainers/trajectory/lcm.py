@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stepdistill.data.batch import Batch
 from stepdistill.diffusion.denoiser import Denoiser
-from stepdistill.losses.consistency import Weight
+from stepdistill.losses.consistency import One, PairWeight
 from stepdistill.run.errors import UserError
 from stepdistill.run.plug import Plugged
 from stepdistill.run.rng import Rng
@@ -39,7 +39,9 @@ class LCMConfig(ConsistencyConfig):
     target: Literal["stop_gradient", "ema"] = Field(
         "ema", description="whose estimate at r is the target"
     )
-    weight: Weight = Field("one", description="one, or 1 / (t - r)")
+    weight: Plugged[PairWeight] = Field(
+        default_factory=One, description="what a pair counts: one, or 1 / (t - r)"
+    )
     guidance: float = Field(2.0, ge=0, description="by which the student samples, of the range")
     guidance_range: ScaleRange | None = Field(
         (1.0, 3.0), description="guidance drawn uniformly a sample, instead of the constant one"

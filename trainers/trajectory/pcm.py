@@ -17,7 +17,7 @@ from stepdistill.data.batch import Batch
 from stepdistill.diffusion.denoiser import Prediction
 from stepdistill.diffusion.sampler import NoiseSource
 from stepdistill.diffusion.timesteps import Grid as Times
-from stepdistill.losses.consistency import Weight
+from stepdistill.losses.consistency import One, PairWeight
 from stepdistill.run.errors import UserError
 from stepdistill.run.plug import Plugged
 from stepdistill.run.rng import Rng
@@ -34,7 +34,9 @@ class PCMConfig(ConsistencyConfig):
     pairs: Plugged[Pairs] = Field(
         default_factory=Grid, description="which times are compared; a grid that holds all borders"
     )
-    weight: Weight = Field("one", description="one, or 1 / (t - r)")
+    weight: Plugged[PairWeight] = Field(
+        default_factory=One, description="what a pair counts: one, or 1 / (t - r)"
+    )
     student_steps: int = Field(4, ge=1, description="segments, and steps of the student")
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from stepdistill.data.batch import Batch
 from stepdistill.diffusion.timesteps import regular_start
-from stepdistill.losses.consistency import Weight
+from stepdistill.losses.consistency import One, PairWeight
 from stepdistill.run.plug import Plugged
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.fixed_point import Proof
@@ -49,7 +49,9 @@ class ScottConfig(OpposedConfig):
     target: Literal["stop_gradient", "ema"] = Field(
         "ema", description="whose estimate at r is the target"
     )
-    weight: Weight = Field("one", description="one, or 1 / (t - r)")
+    weight: Plugged[PairWeight] = Field(
+        default_factory=One, description="what a pair counts: one, or 1 / (t - r)"
+    )
     adversary: TeacherConfig | None = Field(
         default_factory=lambda: TeacherConfig(student=0.4),
         description="a discriminator of clean estimates and data; null: none, and images that are "

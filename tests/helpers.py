@@ -129,7 +129,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "rcm": {
         "guided": {"guidance": 1.5, "critic_steps": 2, "own_steps": 2, "regularizer": 0.5} | EXACT,
     },
-    "sana_sprint": {"teacher": {"guidance": 1.5} | EXACT},
+    "sana_sprint": {"teacher": {"guidance": 1.5, "guidance_range": (1.0, 3.0)} | EXACT},
     "scm": {
         "difference": {"guidance": 1.5, "derivative": "difference", "normal": "clamp"},
         "semi": {
@@ -137,6 +137,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
             "difference_step": 0.2,
             "normal": "none",
             "adaptive": False,
+            "guidance_range": (1.0, 2.0),
         },
     },
     "scott": {
@@ -150,7 +151,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "sida": {"adversarial": {"adversary": {"from_step": 0}}},
     "slim_flow": {"distil": {"stage": "distil", "guidance": 1.5, "perceptual": {}}},
     "tbcm": {
-        "walks": {"points": 2, "norm_floor": 1.0} | EXACT,
+        "walks": {"points": 2, "norm_floor": 1.0, "guidance_range": (1.0, 3.0)} | EXACT,
         "plain tangent": {"points": 2, "adaptive": False, "guidance": 1.5} | EXACT,
     },
     "tcm": {

@@ -9,6 +9,7 @@ import torch
 
 from stepdistill.commands.entries import entries_of
 from stepdistill.diffusion.derivative import along, drift
+from stepdistill.losses.consistency import One
 from stepdistill.run.assets import load_teacher
 from stepdistill.run.errors import UserError
 from tests.helpers import batch_of, dit_teacher, make, mlp_teacher, run
@@ -92,7 +93,7 @@ def test_dcm_s_border_is_the_middle_of_its_grid_for_any_teacher(name) -> None:
 def test_segments_are_weighed_alike() -> None:
     """With 1 / (t - r) a discriminator's published weight would count as little as an interval."""
     for method in ("pcm", "tlcm", "hyper_sd", "dcm", "scott", "lcm"):
-        assert make(method, dit_teacher()).config.weight == "one"
+        assert make(method, dit_teacher()).config.weight == One()
 
 
 @pytest.mark.parametrize(("segments", "own"), [(8, 4), (6, 3), (2, 2), (1, 1), (7, 1)])

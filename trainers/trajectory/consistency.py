@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import AfterValidator, Field
-from pydantic_core import PydanticCustomError
+from pydantic import Field
 from torch import Tensor
 
 from stepdistill.data.batch import Batch
@@ -27,25 +26,15 @@ from stepdistill.run.errors import UserError
 from stepdistill.run.plug import Plugged
 from stepdistill.run.ratios import sample_parts
 from stepdistill.run.rng import Rng
-from stepdistill.trainers.base import Loss, Pass, Trainer, Turn
+from stepdistill.trainers.base import Loss, Pass, Turn
 from stepdistill.trainers.beginning import renewed
 from stepdistill.trainers.fixed_point import FixedPoint, Proof
-from stepdistill.trainers.settings import TrainConfig
 from stepdistill.trainers.solvers import Asked, Data, Euler, Solved, Solver, Walk
 from stepdistill.trainers.trajectory.pairs import Ect, Pairs, Span
+from stepdistill.trainers.trajectory.scales import ScaleRange, Scales, ScalesConfig
 
 
-def _ordered(span: tuple[float, float]) -> tuple[float, float]:
-    if span[0] > span[1]:
-        raise PydanticCustomError("order", "the first must not be above the second")
-    return span
-
-
-Scale = Annotated[float, Field(ge=0)]
-ScaleRange = Annotated[tuple[Scale, Scale], AfterValidator(_ordered)]
-
-
-class ConsistencyConfig(TrainConfig):
+class ConsistencyConfig(ScalesConfig):
     """Settings of ``consistency``."""
 
     pairs: Plugged[Pairs] = Field(default_factory=Ect, description="which times are compared")
@@ -73,12 +62,12 @@ class ConsistencyConfig(TrainConfig):
     )
 
     @property
-    def guided(self) -> bool:
-        """See :attr:`TrainConfig.guided`; also by a range."""
-        return super().guided or self.guidance_range is not None
+    def tells(self) -> bool:
+        """See :attr:`ScalesConfig.tells`: never."""
+        return False
 
 
-class ConsistencyTrainer(Trainer):
+class ConsistencyTrainer(Scales):
     """Discrete consistency: distillation (Song et al. 2023; LCM), ECT, iCT; specs M2 to M5.
 
     iCT is ``scratch: true`` with ``solver: data`` and ``pairs: doubling``; ECT is ``solver: data``
@@ -251,14 +240,6 @@ class ConsistencyTrainer(Trainer):
     def asked(self, batch: Batch, rng: Rng) -> Asked:
         """The teacher under the batch's conditions, guided by what is drawn for each sample."""
         return Asked(self.teacher, batch.cond, self.scale(batch, rng))
-
-    def scale(self, batch: Batch, rng: Rng) -> float | Tensor:
-        """The guidance by which the teacher is asked: one for all, or drawn a sample [B]."""
-        if self.config.guidance_range is None:
-            return self.config.guidance
-        low, high = self.config.guidance_range
-        drawn: Tensor = low + (high - low) * rng.uniform("guidance", batch.index)
-        return drawn
 
     def jump(self, den: Denoiser, x_t: Tensor, t: Tensor, end: Tensor, batch: Batch) -> Tensor:
         """The estimate of the state at times ``end`` [B]; where that is t, the state itself."""

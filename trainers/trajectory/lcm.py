@@ -6,12 +6,9 @@ student draws images as of any guidance in the range, without a second pass.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import ClassVar, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from stepdistill.data.batch import Batch
 from stepdistill.diffusion.denoiser import Denoiser
@@ -20,14 +17,10 @@ from stepdistill.run.errors import UserError
 from stepdistill.run.plug import Plugged
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Loss
-from stepdistill.trainers.beginning import told
 from stepdistill.trainers.fixed_point import Proof
-from stepdistill.trainers.trajectory.consistency import (
-    ConsistencyConfig,
-    ConsistencyTrainer,
-    ScaleRange,
-)
+from stepdistill.trainers.trajectory.consistency import ConsistencyConfig, ConsistencyTrainer
 from stepdistill.trainers.trajectory.pairs import Grid, Pairs
+from stepdistill.trainers.trajectory.scales import ScaleRange
 
 
 class LCMConfig(ConsistencyConfig):
@@ -53,9 +46,9 @@ class LCMConfig(ConsistencyConfig):
     )
 
     @property
-    def guides_law(self) -> bool:
-        """See :attr:`TrainConfig.guides_law`: by what the student is told."""
-        return self.guidance != 1 if self.embedding else self.guided
+    def tells(self) -> bool:
+        """See :attr:`ScalesConfig.tells`: as ``embedding`` says."""
+        return self.embedding
 
 
 class LCMTrainer(ConsistencyTrainer):
@@ -68,6 +61,7 @@ class LCMTrainer(ConsistencyTrainer):
 
     Config = LCMConfig
     config: LCMConfig
+    untold: ClassVar = "embedding=false"
     proofs: ClassVar = {
         "told": Proof(
             ("classes",),
@@ -81,39 +75,23 @@ class LCMTrainer(ConsistencyTrainer):
         """See :meth:`ConsistencyTrainer.setup`.
 
         Raises:
-            UserError: guidance to be told that is not drawn, or below 1, or adapters to be told.
+            UserError: guidance to be told that is not drawn.
         """
-        c = self.config
-        if c.embedding:
-            if c.guidance_range is None:
-                raise UserError(
-                    "embedding: without guidance_range there is one scale only; give a range, or "
-                    "set embedding=false"
-                )
-            low, high = c.guidance_range
-            if low < 1 or not low <= c.guidance <= high:
-                raise UserError(
-                    f"guidance={c.guidance:g}: the student is told scales of guidance_range={low:g}"
-                    f",{high:g}, which must begin at 1 or more and hold it"
-                )
+        if self.config.embedding and self.config.guidance_range is None:
+            raise UserError(
+                "embedding: without guidance_range there is one scale only; give a range, or set "
+                "embedding=false"
+            )
         super().setup()
 
     def beginning(self) -> tuple[Denoiser, bool]:
         """See :meth:`ConsistencyTrainer.beginning`; a network that is told the guidance."""
         first, copy = super().beginning()
-        if not self.config.embedding:
-            return first, copy
-        own = told(self.config, first, "guidance", instead="embedding=false")
-        own.scale = self.config.guidance
-        return own, False
+        return self.heeding(first) if self.config.embedding else (first, copy)
 
     def loss(self, batch: Batch, rng: Rng) -> Loss:
         """See :meth:`ConsistencyTrainer.loss`; the student is told each sample's guidance."""
-        if self.config.embedding:
-            scale = self.scale(batch, rng)
-            assert isinstance(scale, Tensor)
-            batch = replace(batch, cond=replace(batch.cond, guidance=scale.to(torch.float32)))
-        return super().loss(batch, rng)
+        return super().loss(self.telling(batch, rng), rng)
 
 
 TRAINER = LCMTrainer

@@ -2,7 +2,7 @@
 
 Each stage's student becomes the next one's teacher, so that the number of steps is halved from
 stage to stage, down to the student's. The guidance of the first teacher is learnt by the first
-student and stays in the others.
+student and stays in the others; with ``guidance_range`` all students are told its scale.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from stepdistill.losses.regression import sum_square
 from stepdistill.run.errors import UserError
 from stepdistill.run.ratios import sample_parts
 from stepdistill.run.rng import Rng
-from stepdistill.trainers.base import Loss, Pass, Trainer, Turn
+from stepdistill.trainers.base import Loss, Pass, Turn
 from stepdistill.trainers.fixed_point import FixedPoint, Proof
-from stepdistill.trainers.settings import TrainConfig
+from stepdistill.trainers.trajectory.scales import Scales, ScalesConfig
 
 
-class ProgressiveConfig(TrainConfig):
+class ProgressiveConfig(ScalesConfig):
     """Settings of ``progressive``."""
 
     first: int = Field(32, ge=2, description="steps of the teacher; halved from stage to stage")
@@ -39,7 +39,7 @@ class ProgressiveConfig(TrainConfig):
     )
 
 
-class ProgressiveTrainer(Trainer):
+class ProgressiveTrainer(Scales):
     """Progressive distillation (Salimans and Ho 2022), spec M1, in stages of equal length.
 
     Here: each stage has the whole schedule of the learning rate, warm-up included.
@@ -52,8 +52,11 @@ class ProgressiveTrainer(Trainer):
     kept = ("steps",)  # stages are parts of them
     stage = 0
     proofs: ClassVar = {
-        "eight to one": Proof(
-            ("gaussian", "classes"), {"first": 8, "ema": {"decay": 0.99}}, effort=2.0
+        "eight to one": Proof(("gaussian",), {"first": 8, "ema": {"decay": 0.99}}, effort=2.0),
+        "told": Proof(
+            ("classes",),
+            {"first": 8, "ema": {"decay": 0.99}, "guidance_range": (1.0, 4.0)},
+            effort=2.0,
         ),
         "eight to two": Proof(("gmm1d",), {"first": 8, "student_steps": 2}, effort=0.8),
     }
@@ -80,7 +83,8 @@ class ProgressiveTrainer(Trainer):
             )
         self.length = c.steps // self.stages  # the last stage has what is left
         self.grid, total = self._stage()
-        self.add_player("student", self.initial, c.optim, ema=True, total=total)
+        self.first, copy = self.heeding(self.initial)
+        self.add_player("student", self.first, c.optim, ema=True, total=total, copy=copy)
 
     @property
     def halved(self) -> Denoiser:
@@ -99,7 +103,7 @@ class ProgressiveTrainer(Trainer):
         while self.stage < min(step // self.length, self.stages - 1):
             student = self.players["student"]
             if not self.stage:
-                self.add_player("previous", self.initial, self.config.optim, ema=False, total=1)
+                self.add_player("previous", self.first, self.config.optim, ema=False, total=1)
             self.stage += 1
             self.players["previous"].load_weights(student.best)
             student.load_weights(student.best)
@@ -124,6 +128,7 @@ class ProgressiveTrainer(Trainer):
 
     def loss(self, batch: Batch, rng: Rng) -> Loss:
         """Land by one step where the stage's teacher does by two."""
+        batch = self.telling(batch, rng)
         assert batch.x is not None
         count = (len(self.grid) - 1) // 2
         place = 2 * rng.integers("t", batch.index, count)
@@ -131,16 +136,18 @@ class ProgressiveTrainer(Trainer):
         x_t = self.process.noise(batch.x, self.z(batch, rng), t)
         with torch.no_grad():
             target = landing_estimate(
-                x_t, self.walk(x_t, t, half, end, batch), t, end, self.process
+                x_t, self.walk(x_t, t, half, end, batch, rng), t, end, self.process
             )
         estimate = self.denoiser("student")(x_t, t, batch.cond).x
         weight = snr_weight(t, self.process, self.config.snr_weight)
         loss = (weight * sum_square(estimate - target)).mean()
         return Loss(loss, {"loss": loss} | sample_parts(estimate))
 
-    def walk(self, x_t: Tensor, t: Tensor, half: Tensor, end: Tensor, batch: Batch) -> Tensor:
+    def walk(
+        self, x_t: Tensor, t: Tensor, half: Tensor, end: Tensor, batch: Batch, rng: Rng
+    ) -> Tensor:
         """Two steps of the stage's teacher, which is guided in the first stage."""
-        scale = 1.0 if self.stage else self.config.guidance
+        scale = 1.0 if self.stage else self.scale(batch, rng)
         for level, below in ((t, half), (half, end)):
             pred = guided(self.halved, x_t, level, batch.cond, scale)
             if self.config.clip:

@@ -40,6 +40,7 @@ class RCMConfig(SCMConfig):
         default_factory=lambda: LogitNormal(mean=-0.8, std=1.6), description="density of times"
     )
     adaptive: bool = Field(False, description="weigh times by a learned function of theirs")
+    guidance_range: None = Field(None, description="always null: the fake score is of one law")
     critic: CriticOptim = Field(
         default_factory=CriticOptim, description="the fake score's optimizer"
     )

@@ -60,9 +60,9 @@ class SanaSprintTrainer(SCMTrainer):
 
     Here: times have no weight but the learned one; student and discriminator take turns within a
     step; the densities' means are 0.2 and -0.6 plus ln 2, since theirs are of data and noise in
-    units of 0.5; data under wrong classes are drawn, not shifted; guidance is one scale, which the
-    student is not told; the tangent is taken in the teacher's own process, with no conversion, and
-    the network is left as it is (its authors first tune it for normed queries and keys).
+    units of 0.5; data under wrong classes are drawn, not shifted; the tangent is taken in the
+    teacher's own process, with no conversion, and the network is left as it is (its authors first
+    tune it for normed queries and keys).
     """
 
     Config = SanaSprintConfig
@@ -97,6 +97,7 @@ class SanaSprintTrainer(SCMTrainer):
 
     def both(self, batch: Batch, rng: Rng) -> Loss:
         """The tangent's loss, and the discriminator's on other estimates."""
+        batch = self.telling(batch, rng)
         own, x = self.loss(batch, rng), self.estimate(batch, rng)
         assert batch.x is not None
         clean = torch.zeros(len(x), device=x.device)

@@ -25,10 +25,10 @@ from stepdistill.losses.regression import mean_square
 from stepdistill.run.errors import UserError
 from stepdistill.run.ratios import sample_parts
 from stepdistill.run.rng import Rng
-from stepdistill.trainers.base import Loss, Pass, Trainer, Turn
+from stepdistill.trainers.base import Loss, Pass, Turn
 from stepdistill.trainers.derived import derived
 from stepdistill.trainers.fixed_point import STEADY, FixedPoint, Proof, followed
-from stepdistill.trainers.settings import TrainConfig
+from stepdistill.trainers.trajectory.scales import Scales, ScalesConfig
 
 CALM = STEADY | {"lr": 3e-3}
 UNIFORM = {"t": {"kind": "uniform"}, "derivative": "jvp", "warmup": 0}
@@ -37,7 +37,7 @@ PLAIN = {"normal": "none", "adaptive": False}
 OCTAVES = 4  # of the angle's waves, in the loss's own weight
 
 
-class SCMConfig(TrainConfig):
+class SCMConfig(ScalesConfig):
     """Settings of ``scm``."""
 
     t: Density = Field(
@@ -96,11 +96,11 @@ class TimeWeight(nn.Module):
         return out[:, 0]
 
 
-class SCMTrainer(Trainer):
+class SCMTrainer(Scales):
     """sCM (Lu and Song 2024): sCD, and with ``velocity: data`` sCT; spec M9.
 
-    Here: in the network's own process and time, whatever they are, and without changes to it, not
-    told the guidance, and without dropout, as all networks here run.
+    Here: in the network's own process and time, whatever they are, and without changes to it, but
+    for ``guidance_range``, and without dropout, as all networks here run.
     """
 
     Config = SCMConfig
@@ -145,7 +145,10 @@ class SCMTrainer(Trainer):
         count = math.prod(self.teacher.sample_shape)  # a tangent of norm 1 has squares 1 / count
         first = count if c.normal == "norm" else 1
         self.weigh = TimeWeight(first).to(self.device) if c.adaptive else None
-        self.add_player("student", self.initial, c.optim, ema=True, total=c.steps, extra=self.weigh)
+        net, copy = self.heeding(self.initial)
+        self.add_player(
+            "student", net, c.optim, ema=True, total=c.steps, extra=self.weigh, copy=copy
+        )
         self.data = c.sigma_data or self.process.sigma_data
 
     @property
@@ -186,11 +189,12 @@ class SCMTrainer(Trainer):
         if self.config.velocity == "data":
             return x_t, t, batch.x, z
         with torch.no_grad():
-            pred = guided(self.teacher, x_t, t, batch.cond, self.config.guidance)
+            pred = guided(self.teacher, x_t, t, batch.cond, self.scale(batch, rng))
         return x_t, t, pred.x, pred.z
 
     def loss(self, batch: Batch, rng: Rng) -> Loss:
         """Pull the student's velocity along the tangent."""
+        batch = self.telling(batch, rng)
         return self.along(*self.states(batch, rng), batch, rng)
 
     def along(self, x_t: Tensor, t: Tensor, x: Tensor, z: Tensor, batch: Batch, rng: Rng) -> Loss:

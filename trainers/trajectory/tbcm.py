@@ -88,8 +88,10 @@ class TBCMTrainer(SCMTrainer):
     @torch.no_grad()
     def states(self, batch: Batch, rng: Rng) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """See :meth:`SCMTrainer.states`: of walks, the points of each side by side."""
-        points, scale = self.config.points, self.config.guidance
+        points, scale = self.config.points, self.scale(batch, rng)
         walks, index = slice(0, None, points), batch.index
+        if isinstance(scale, Tensor):
+            scale = scale[walks]
         times = self.between(rng.uniform("t", index)).unflatten(0, (-1, points))
         cond = batch.cond.rows(walks)
         z = rng.normal("z", index[walks], self.teacher.sample_shape)
@@ -104,6 +106,13 @@ class TBCMTrainer(SCMTrainer):
                 x_t = move(pred, self.process, t)
         x_t, t, x, z = (torch.stack(part, dim=1).flatten(0, 1) for part in zip(*found, strict=True))
         return x_t, t, x, z
+
+    def scale(self, batch: Batch, rng: Rng) -> float | Tensor:
+        """See :meth:`Scales.scale`: that of a walk, for all of its points."""
+        found, points = super().scale(batch, rng), self.config.points
+        if not isinstance(found, Tensor):
+            return found
+        return found[::points].repeat_interleave(points)
 
     def between(self, u: Tensor) -> Tensor:
         """Times from uniforms u [B]: that of a walk's k-th point lies in the k-th interval."""

@@ -1,0 +1,93 @@
+"""Guidance of a range: the teacher is asked by the scale that the student is told."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from stepdistill.diffusion.cond import Cond
+from stepdistill.run.errors import UserError
+from stepdistill.run.rng import Rng
+from stepdistill.trainers.base import Trainer
+from tests.helpers import batch_of, dit_teacher, make, mlp_teacher, run, same, saved
+
+TELLING = ("scm", "sana_sprint", "tbcm", "progressive")
+KEYS = {"guidance": 2.0, "guidance_range": (1.0, 5.0)}
+MORE = {"tbcm": {"points": 4}}
+
+
+@pytest.mark.parametrize("method", TELLING)
+def test_the_teacher_is_asked_by_what_the_student_is_told(method, monkeypatch) -> None:
+    made, seen = make(method, mlp_teacher(), **KEYS, **MORE.get(method, {})), []
+    module = importlib.import_module(type(made).__module__)
+    if not hasattr(module, "guided"):
+        module = importlib.import_module("stepdistill.trainers.trajectory.scm")
+    real = module.guided
+
+    def asked(den, x_t, t, cond, scale):
+        assert isinstance(scale, Tensor)
+        assert torch.allclose(cond.guidance, scale) and len(scale) == len(x_t)
+        seen.append(scale)
+        return real(den, x_t, t, cond, scale)
+
+    monkeypatch.setattr(module, "guided", asked)
+    told: list[Tensor] = []
+    student = made.denoiser("student")
+    student.register_forward_pre_hook(lambda den, args: told.append(args[2].guidance))
+    run(made, 0, 1)
+    drawn = set(seen[0].tolist())
+    assert len(drawn) > 1 and all(1 <= one <= 5 for one in drawn)
+    assert told and all(set(one.tolist()) == drawn for one in told)
+
+
+def told(made: Trainer, scale: float) -> Tensor:
+    """The student's output where it is told a scale."""
+    x_t, t, label = torch.ones(4, 1, 8, 8), torch.full((4,), 0.7), torch.tensor([0, 1, 2, 0])
+    with torch.no_grad():
+        cond = Cond(label, guidance=torch.full((4,), scale))
+        return made.denoiser("student")(x_t, t, cond).h
+
+
+@pytest.mark.parametrize("method", TELLING)
+def test_a_student_heeds_the_scale_once_it_has_learnt(method) -> None:
+    """From none to some, and the same after a resume."""
+    keys = KEYS | MORE.get(method, {})
+    made, again = (make(method, dit_teacher(), steps=8, **keys) for _ in range(2))
+    assert told(made, 1.0).equal(told(made, 3.0))
+    run(made, 0, 4)
+    between = saved(made)
+    run(made, 4, 8)
+    assert not told(made, 1.0).equal(told(made, 3.0))
+    again.load_state(4, *between)
+    run(again, 4, 8)
+    same(made.state(), again.state())
+
+
+def test_the_points_of_a_walk_share_its_scale() -> None:
+    made = make("tbcm", mlp_teacher(), batch_size=8, points=4, **KEYS)
+    batch = batch_of(made, 0)
+    scale = made.scale(batch, Rng(0).at(0))
+    assert torch.equal(scale[:4], scale[:1].expand(4)) and torch.equal(
+        scale[4:], scale[4:5].expand(4)
+    )
+    assert scale[0] != scale[4]
+
+
+@pytest.mark.parametrize("method", TELLING)
+def test_what_cannot_be_told_is_refused(method) -> None:
+    for keys, line in (
+        ({"guidance": 6.0}, "must begin at 1 or more and hold it"),
+        ({"guidance_range": (0.5, 3.0)}, "must begin at 1 or more and hold it"),
+        ({"lora": {"rank": 2}}, "set guidance_range=null or lora=null"),
+    ):
+        with pytest.raises(UserError, match=line):
+            make(method, mlp_teacher(), **{**KEYS, **keys})
+
+
+def test_a_fake_score_is_of_one_law() -> None:
+    with pytest.raises(ValidationError, match="guidance_range"):
+        make("rcm", mlp_teacher(), **KEYS)

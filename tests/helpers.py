@@ -63,7 +63,12 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "esd": {"form": "esd", "diagonal": 0.25},
         "psd_m": {"form": "psd_m", "diagonal": 0.25},
         "images": {"form": "esd", "velocity": "data", "gradient": "semi", "diagonal": 0.5},
-        "divided anywhere": {"form": "psd_u", "guidance": 1.5, "diagonal": 0.5},
+        "divided anywhere": {
+            "form": "psd_u",
+            "guidance": 1.5,
+            "diagonal": 0.5,
+            "adaptive": True,
+        },
     },
     "flash_wam": {
         "two groups": {

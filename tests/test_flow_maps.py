@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 
 import pytest
 import torch
@@ -35,12 +36,14 @@ from stepdistill.proof.student import StudentAdapter
 from stepdistill.run.errors import UserError
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.trajectory.jumps import Draw
+from stepdistill.trainers.trajectory.time_weight import TimeWeight
 from tests.helpers import (
     batch_of,
     dit_teacher,
     make,
     mlp_teacher,
     noise,
+    run,
     scaled_linear,
     unet_teacher,
 )
@@ -480,3 +483,34 @@ def test_a_student_from_scratch_is_told_too() -> None:
     own, teacher = (dict(net.named_parameters()) for net in (made.student.net, made.teacher.net))
     assert not torch.equal(own["enter.weight"], teacher["enter.weight"])
     assert copy.deepcopy(made.student).ends
+
+
+def test_a_learned_weight_comes_to_the_inverse_of_each_time_s_loss() -> None:
+    """Of losses that grow a hundredfold along one of the two times, in closed form -log loss."""
+    weigh = TimeWeight(times=2)
+    optim = torch.optim.Adam(weigh.parameters(), lr=0.02)
+    one, two = torch.rand(2, 512, generator=torch.Generator().manual_seed(0)) * math.pi / 2
+    each = (1 + torch.cos(2 * one)) + 0.02
+    for _ in range(1500):
+        optim.zero_grad()
+        weigh.weighed(each, one, two).backward()
+        optim.step()
+    error = weigh(one, two) + each.log()
+    assert float(error.abs().mean()) < 0.15
+    assert float(weigh.weighed(each, one, two)) == pytest.approx(
+        float((1 + each.log()).mean()), abs=0.03
+    )
+
+
+def test_flow_map_weighs_its_pairs_of_times() -> None:
+    """At first by 1 a coordinate; then the weight learns beside the student, and is not kept."""
+    made = make("flow_map", mlp_teacher(), form="psd_m", adaptive=True, steps=40)
+    plain = make("flow_map", mlp_teacher(), form="psd_m")
+    batch = batch_of(made, 0)
+    own, other = (one.loss(batch, Rng(0).at(0)) for one in (made, plain))
+    torch.testing.assert_close(4 * own.value, other.value)
+    torch.testing.assert_close(own.logs["gap"], other.value)
+    run(made, 0, 8)
+    assert made.weigh is not None and bool(made.weigh.line.weight.any())
+    with pytest.raises(UserError, match="adaptive=false or compile=false"):
+        make("flow_map", mlp_teacher(), form="psd_m", adaptive=True, compile=True)

@@ -8,6 +8,7 @@ where it is when the start moves along the field (Eulerian), or is where two ste
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar, Literal
 
 import torch
@@ -26,12 +27,8 @@ from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Loss, Pass, Turn
 from stepdistill.trainers.derived import derived
 from stepdistill.trainers.fixed_point import STEADY, Proof
-from stepdistill.trainers.trajectory.jumps import (
-    CORNERS,
-    Draw,
-    JumpConfig,
-    JumpTrainer,
-)
+from stepdistill.trainers.trajectory.jumps import CORNERS, Draw, JumpConfig, JumpTrainer
+from stepdistill.trainers.trajectory.time_weight import TimeWeight
 
 SHORT = 1e-3  # ways below it are as even in flow time as in the process's own
 
@@ -49,14 +46,16 @@ class FlowMapConfig(JumpConfig):
         description="of lsd and esd: differentiate the student's derivative in time, as published, "
         "or hold it constant, which is cheaper",
     )
+    adaptive: bool = Field(False, description="weigh pairs of times by a learned function of them")
 
 
 class FlowMapTrainer(JumpTrainer):
     """Flow map matching and self-distillation (Boffi et al. 2024, 2025), spec M13.
 
     With ``velocity: data`` LSD, ESD, PSD-M and PSD-U; of a teacher their kin LMD and EMD, in which
-    its field stands wherever the student's own would. Here: losses have no learned weight, and a
-    teacher's field is asked once a sample, at the place that the condition names.
+    its field stands wherever the student's own would. Here: the learned weight (``adaptive``) is
+    linear in waves of both times, and a teacher's field is asked once a sample, at the place that
+    the condition names.
     """
 
     Config = FlowMapConfig
@@ -108,6 +107,12 @@ class FlowMapTrainer(JumpTrainer):
                 "gradient_checkpointing: a derivative that is differentiated cannot be recomputed; "
                 "set gradient_checkpointing=false or gradient=semi"
             )
+        if c.compile and c.adaptive:
+            raise UserError(
+                "compile: a student that trains along with a weight of times is not compiled; set "
+                "adaptive=false or compile=false"
+            )
+        self.weigh = TimeWeight(times=2).to(self.device) if c.adaptive else None
         super().setup()
 
     @property
@@ -131,9 +136,14 @@ class FlowMapTrainer(JumpTrainer):
             anywhere = self.config.form == "psd_u"
             place = rng.uniform("middle", batch.index) if anywhere else half
             u, gap = self.progressive(draw, place)
-        loss = sum_square(gap).mean()
+        each = sum_square(gap)
+        loss, logs = each.mean(), {}
+        if self.weigh is not None:
+            logs = {"gap": loss}
+            angles = (math.pi / 2 * self.process.flow_time(t) for t in (draw.t, draw.r))
+            loss = self.weigh.weighed(each / gap[0].numel(), *angles)
         x, _ = self.parts(u, draw.x_t, draw.t)
-        return Loss(loss, {"loss": loss} | sample_parts(x))
+        return Loss(loss, {"loss": loss} | logs | sample_parts(x))
 
     def lagrangian(self, draw: Draw) -> tuple[Tensor, Tensor]:
         """The student's u, and the gap of LSD; the field where it lands is held constant."""

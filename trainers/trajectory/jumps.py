@@ -23,6 +23,7 @@ from stepdistill.trainers.base import Trainer
 from stepdistill.trainers.beginning import renewed, told
 from stepdistill.trainers.fixed_point import FixedPoint, followed
 from stepdistill.trainers.settings import TrainConfig
+from stepdistill.trainers.trajectory.time_weight import TimeWeight
 
 CORNERS = {"kind": "u_shaped", "a": 4.0}
 """A proof's density of times: the longest steps, which are judged, are drawn as often as others."""
@@ -104,6 +105,7 @@ class JumpTrainer(Trainer):
     noise: NoiseSource = "predicted"
     sizes: tuple[int, ...] = (1, 2, 4, 8)
     told: tuple[str, ...] = ()  # further numbers that the student is told
+    weigh: TimeWeight | None = None
 
     def setup(self) -> None:
         """The student, which is told where its step ends.
@@ -117,7 +119,14 @@ class JumpTrainer(Trainer):
         first = renewed(self.initial, c) if c.scratch else self.initial
         own = told(c, first, "end", *self.told)
         self.add_player(
-            "student", own, c.optim, ema=True, total=c.steps, copy=False, bare=self.through
+            "student",
+            own,
+            c.optim,
+            ema=True,
+            total=c.steps,
+            copy=False,
+            bare=self.through,
+            extra=self.weigh,
         )
 
     @property

@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from stepdistill.data.batch import Batch
 from stepdistill.diffusion.denoiser import Prediction
@@ -29,12 +29,12 @@ from stepdistill.trainers.base import Loss, Pass, Turn
 from stepdistill.trainers.derived import derived
 from stepdistill.trainers.fixed_point import STEADY, FixedPoint, Proof, followed
 from stepdistill.trainers.trajectory.scales import Scales, ScalesConfig
+from stepdistill.trainers.trajectory.time_weight import TimeWeight
 
 CALM = STEADY | {"lr": 3e-3}
 UNIFORM = {"t": {"kind": "uniform"}, "derivative": "jvp", "warmup": 0}
 PLAIN = {"normal": "none", "adaptive": False}
 """In one dimension a normalised tangent is a sign."""
-OCTAVES = 4  # of the angle's waves, in the loss's own weight
 
 
 class SCMConfig(ScalesConfig):
@@ -72,28 +72,6 @@ class SCMConfig(ScalesConfig):
     difference_step: float = Field(
         0.02, gt=0, le=0.5, description="of the difference, as a part of the largest time"
     )
-
-
-class TimeWeight(nn.Module):
-    """A learned log weight [B] of times: linear in waves of their angle.
-
-    Args:
-        first: the weight at first, of all times; that of losses of 1 / first is learnt then.
-    """
-
-    def __init__(self, first: float) -> None:
-        super().__init__()
-        self.line = nn.Linear(2 * OCTAVES, 1)
-        nn.init.zeros_(self.line.weight)
-        nn.init.constant_(self.line.bias, math.log(first))
-
-    def forward(self, at: Angle) -> Tensor:
-        """The log weight at angles."""
-        turn = torch.atan2(at.sin, at.cos)[:, None] * 2.0 ** torch.arange(
-            OCTAVES, device=at.cos.device
-        )
-        out: Tensor = self.line(torch.cat([turn.cos(), turn.sin()], dim=1))
-        return out[:, 0]
 
 
 class SCMTrainer(Scales):
@@ -219,8 +197,7 @@ class SCMTrainer(Scales):
         each = mean_square(found - own - bounded(raw, c.normal, c.norm_floor))
         loss, logs = each.mean(), {"tangent": raw.flatten(1).norm(dim=1).mean()}
         if self.weigh is not None:
-            log_weight = self.weigh(at)
-            loss = (log_weight.exp() * each - log_weight).mean()
+            loss = self.weigh.weighed(each, torch.atan2(at.sin, at.cos))
         return Loss(loss, {"loss": loss} | logs | sample_parts(pred.x))
 
     def field(self, pred: Prediction) -> Tensor:

@@ -188,8 +188,15 @@ class Trainer(ABC):
         players = [player for player in self.players.values() if not player.frozen]
         used = any(p.denoiser is self.teacher for p in players)
         roles = [] if used else [("teacher", self.teacher)]
-        roles += [(role_of(p.name), p.denoiser) for p in players]
-        return roles + [("average", p.ema) for p in players if p.ema is not None]
+        done = self.finished
+        roles += [(role_of(p.name), p.denoiser) for p in players if p.denoiser not in done]
+        roles += [("average", p.ema) for p in players if p.ema is not None]
+        return roles + [("expert", den) for den in done]
+
+    @property
+    def finished(self) -> list[Denoiser]:
+        """Trained networks that train no more and are part of the student."""
+        return []
 
     def prepare(self, step: int) -> None:
         """Make the players that exist at ``step``; called before one is resumed."""

@@ -318,13 +318,17 @@ class PhasedDMDTrainer(Matching):
         return self.config.critic_rollout and self.config.phase_steps > 1
 
     def members(self) -> list[tuple[str, Denoiser]]:
-        """See :meth:`Trainer.members`; the experts of earlier phases are frozen."""
-        frozen = [player.denoiser for player in self.students()[: self.phase]]
-        others = [(role, den) for role, den in super().members() if den not in frozen]
-        if isinstance(self.teacher, Split):
-            parts = [("teacher", self.teacher.part(place)) for place in (0, 1)]
-            others = parts + [(role, den) for role, den in others if den is not self.teacher]
-        return others + [("expert", den) for den in frozen]
+        """See :meth:`Trainer.members`; of a split teacher both parts."""
+        own = super().members()
+        if not isinstance(self.teacher, Split):
+            return own
+        parts = [("teacher", self.teacher.part(place)) for place in (0, 1)]
+        return parts + [(role, den) for role, den in own if den is not self.teacher]
+
+    @property
+    def finished(self) -> list[Denoiser]:
+        """See :attr:`Trainer.finished`: the experts of earlier phases."""
+        return [player.denoiser for player in self.students()[: self.phase]]
 
     @property
     def rollout(self) -> tuple[float, float]:

@@ -176,14 +176,10 @@ class DCMTrainer(Opposed, SegmentsTrainer):
             return {"temporal": self.config.temporal * gap.mean()}
         return super().beside(estimate, target, end, batch, rng)
 
-    def members(self) -> list[tuple[str, Denoiser]]:
-        """See :meth:`Trainer.members`; the first expert is frozen in the end."""
-        if not self.phase:
-            return super().members()
-        frozen = self.players[SEMANTIC].denoiser
-        return [(role, den) for role, den in super().members() if den is not frozen] + [
-            ("expert", frozen)
-        ]
+    @property
+    def finished(self) -> list[Denoiser]:
+        """See :attr:`Trainer.finished`: the first expert, in the second stage."""
+        return [self.players[SEMANTIC].denoiser] if self.phase else []
 
 
 TRAINER = DCMTrainer

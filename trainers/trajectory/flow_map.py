@@ -141,7 +141,7 @@ class FlowMapTrainer(JumpTrainer):
         if self.weigh is not None:
             logs = {"gap": loss}
             angles = (math.pi / 2 * self.process.flow_time(t) for t in (draw.t, draw.r))
-            loss = self.weigh.weighed(each / gap[0].numel(), *angles)
+            loss = self.weigh.weighed(each / gap[0].numel(), *angles).mean()
         x, _ = self.parts(u, draw.x_t, draw.t)
         return Loss(loss, {"loss": loss} | logs | sample_parts(x))
 

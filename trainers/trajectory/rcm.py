@@ -137,7 +137,8 @@ class RCMTrainer(SCMTrainer):
         x_t = self.process.noise(x, e, t)
         k = self.process.coefs(t).expand(x_t)
         pred = self.denoiser("critic")(x_t, t, batch.cond)
-        loss = mean_square(self.field(pred) - field(x, e, k, self.data)).mean()
+        each = mean_square(self.field(pred) - field(x, e, k, self.data))
+        loss = (self.even(t) * each).mean()
         return Loss(loss, {"loss": loss})
 
     def sampled(self, batch: Batch, rng: Rng, *, graph: bool) -> Tensor:

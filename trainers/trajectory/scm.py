@@ -195,14 +195,26 @@ class SCMTrainer(Scales):
         own, real = found.detach(), field(x, z, k, self.data)
         raw = tangent(own, slope, real, x_t, at, self.warmth(rng.step))
         each = mean_square(found - own - bounded(raw, c.normal, c.norm_floor))
-        loss, logs = each.mean(), {"tangent": raw.flatten(1).norm(dim=1).mean()}
+        logs = {"tangent": raw.flatten(1).norm(dim=1).mean()}
         if self.weigh is not None:
-            loss = self.weigh.weighed(each, torch.atan2(at.sin, at.cos))
+            each = self.weigh.weighed(each, torch.atan2(at.sin, at.cos))
+        loss = (self.even(t) * each).mean()
         return Loss(loss, {"loss": loss} | logs | sample_parts(pred.x))
 
     def field(self, pred: Prediction) -> Tensor:
         """F of a prediction [B, ...]."""
         return field(pred.x, pred.z, pred.c, self.data)
+
+    def even(self, t: Tensor) -> Tensor:
+        """Weights (dh/dF)^2 [B] of times: with them a step moves F alike, whatever the head.
+
+        Of a network that predicts the noise F is h / cos(tau) and more, which at noisy times would
+        move it hundreds of times as far as at others.
+        """
+        c = self.process.coefs(t)
+        size = torch.sqrt((c.alpha * self.data) ** 2 + c.sigma**2)
+        _, _, det = self.denoiser("student").head.weights(c, self.process.sigma_data)
+        return (self.data * det / size) ** 2
 
     def passes(self) -> list[Pass]:
         """The teacher's velocity, the derivative, and the student."""

@@ -153,14 +153,10 @@ class TCMTrainer(ConsistencyTrainer):
         """As ``consistency``; in the second stage the first network's besides."""
         return super().passes() + ([Pass("student", "forward")] if self.phase else [])
 
-    def members(self) -> list[tuple[str, Denoiser]]:
-        """See :meth:`Trainer.members`; the first network is frozen in the end."""
-        if not self.phase:
-            return super().members()
-        frozen = self.players[WHOLE].denoiser
-        return [(role, den) for role, den in super().members() if den is not frozen] + [
-            ("expert", frozen)
-        ]
+    @property
+    def finished(self) -> list[Denoiser]:
+        """See :attr:`Trainer.finished`: the first network, in the second stage."""
+        return [self.players[WHOLE].denoiser] if self.phase else []
 
 
 TRAINER = TCMTrainer

@@ -36,6 +36,6 @@ class TimeWeight(nn.Module):
         return out[:, 0]
 
     def weighed(self, each: Tensor, *angles: Tensor) -> Tensor:
-        """The mean over samples of exp(w) loss - w, for losses [B] at those angles."""
+        """exp(w) loss - w of each sample, for losses [B] at those angles."""
         log_weight: Tensor = self(*angles)
-        return (log_weight.exp() * each - log_weight).mean()
+        return log_weight.exp() * each - log_weight

@@ -275,3 +275,20 @@ def test_a_user_s_own_distance_and_weight_of_pairs(tmp_path) -> None:
     batch = batch_of(made[0], 0)
     plain, named = (float(one.loss(batch, Rng(0).at(0)).value) for one in made)
     assert named == pytest.approx(6 * plain, rel=1e-5)
+
+
+@pytest.mark.parametrize(("key", "base"), [("metric", "Distance"), ("weight", "PairWeight")])
+def test_a_plug_in_that_gives_no_number_a_sample_is_told(tmp_path, key, base) -> None:
+    """Else a column times a row would weigh every sample by every other's."""
+    file = tmp_path / "wide.py"
+    file.write_text(
+        "from stepdistill.losses.consistency import PairWeight\n"
+        "from stepdistill.losses.distance import Distance\n"
+        f"class Wide({base}):\n"
+        "    def __call__(self, y, *more):\n"
+        "        return y.reshape(len(y), -1).square().sum(1, keepdim=True)\n",
+        encoding="utf-8",
+    )
+    made = make("consistency", mlp_teacher(), **{key: f"{file}:Wide"})
+    with pytest.raises(UserError, match=rf"{key}: .*Wide gives \[8, 1\] for 8 samples"):
+        made.loss(batch_of(made, 0), Rng(0).at(0))

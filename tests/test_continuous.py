@@ -24,7 +24,6 @@ from tests.helpers import (
     dit_teacher,
     make,
     mlp_teacher,
-    noise,
     processes,
     run,
     same,
@@ -127,20 +126,6 @@ def test_tangents_are_made_small_sample_by_sample() -> None:
     assert norm[2].tolist() == pytest.approx([0.0, 1 / 1.1])
     assert bounded(g, "clamp", 0.1)[0].tolist() == [1.0, 1.0]
     assert bounded(g[:2], "none", 0.1).equal(g[:2])
-
-
-@pytest.mark.parametrize("head", ["eps", "v", "x0", "edm-f", "trig-f"])
-def test_a_step_in_the_output_moves_scm_s_field_alike_at_all_times(head) -> None:
-    """A gradient step in h, under the weights, is one in F under none."""
-    process, t = KINDS["vp"], torch.linspace(0.05, 0.99, 12)
-    made = make("scm", Oracle(process, head, torch.zeros(1, 2), 0.5), batch_size=12)
-    k = process.coefs(t).expand(torch.ones(12, 2))
-    h, x_t = noise(0, (12, 2)).requires_grad_(), noise(1, (12, 2))
-    pred = made.denoiser("student").prediction(h, x_t, k)
-    pull = noise(2, (12, 2))
-    (made.even(t)[:, None] * made.field(pred) * pull).sum().backward()
-    other = made.denoiser("student").prediction((h - h.grad).detach(), x_t, k)
-    torch.testing.assert_close(made.field(pred) - made.field(other), pull, rtol=1e-3, atol=1e-3)
 
 
 def test_scm_warms_up_and_goes_on_where_it_was_after_a_resume() -> None:

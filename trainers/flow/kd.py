@@ -51,7 +51,7 @@ class KDTrainer(LineTrainer):
     Config = KDConfig
     config: KDConfig
     proofs: ClassVar = {
-        "one step": Proof(("gaussian", "gmm1d", "gmm2d", "classes")),
+        "one step": Proof(("gaussian", "gmm1d", "classes")),
         "two steps": Proof(("gaussian",), {"student_steps": 2}, effort=0.5),
     }
 

@@ -64,7 +64,7 @@ class PeRFlowTrainer(Trainer):
             ("gaussian", "classes"), {"solver": {"kind": "euler", "substeps": 4}}, effort=0.4
         ),
         "window starts": Proof(
-            ("gmm1d", "gmm2d"),
+            ("gmm1d",),
             {"solver": {"kind": "euler", "substeps": 4}, "points": 1},
             effort=0.4,
         ),

@@ -72,7 +72,7 @@ class SlimFlowTrainer(LineTrainer):
     config: SlimFlowConfig
     kept = ("steps",)  # of which the annealing is a share
     proofs: ClassVar = {
-        "anneal": Proof(("gaussian", "gmm1d", "gmm2d")),
+        "anneal": Proof(("gaussian", "gmm1d")),
     }
     beta = 0.0  # share of fresh noise, at present
 

@@ -75,7 +75,7 @@ class DMDTrainer(Matching, GridTrainer):
     config: DMDConfig
     clips = True
     proofs: ClassVar = {
-        "one step": Proof(("gaussian", "gmm2d", "classes")),
+        "one step": Proof(("gaussian", "classes")),
         "two steps": Proof(("gaussian",), {"student_steps": 2}),
         "rewarded": Proof(
             ("gaussian",),

@@ -43,6 +43,7 @@ class DMD2Trainer(Matching, GridTrainer):
         "adversarial": Proof(
             ("gaussian", "gmm2d"),
             {"critic_steps": 2, "adversary": {"features": "state", "head": "mlp"}},
+            effort=0.8,
         ),
     }
 

@@ -52,6 +52,7 @@ class FDistillTrainer(Matching, GridTrainer):
                 "divergence": name,
                 "adversary": {"features": "state", "head": "mlp"},
             },
+            effort=0.8,
         )
         for name in ("jensen_shannon", "forward_kl")
     }

@@ -47,7 +47,7 @@ class SwiftBrushTrainer(Matching, GridTrainer):
     config: SwiftBrushConfig
     clips = True
     proofs: ClassVar = {
-        "guided alike": Proof(("mixed",), {"critic_drop": 0.25, "critic_steps": 6}, effort=1.2),
+        "guided alike": Proof(("mixed",), {"critic_drop": 0.25, "critic_steps": 6}, effort=0.9),
         "PG-SB": Proof(
             ("mixed",),
             {

@@ -67,7 +67,7 @@ class UniInstructTrainer(Implicit, GridTrainer):
     covers = True
     clips = True
     proofs: ClassVar = {
-        "forward KL": Proof(("gmm2d",), STATE, effort=0.8),
+        "forward KL": Proof(("gmm2d",), STATE, effort=0.65),
         "Jensen-Shannon": Proof(
             ("gaussian",), {**STATE, "divergence": "jensen_shannon"}, effort=0.5
         ),

@@ -57,6 +57,7 @@ class VDOTTrainer(Matching, GridTrainer):
                 "critic_steps": 2,
                 "adversary": {"features": "state", "head": "mlp", "loss": "relativistic"},
             },
+            effort=0.8,
         ),
     }
 

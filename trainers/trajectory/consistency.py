@@ -23,7 +23,7 @@ from stepdistill.diffusion.timesteps import Grid
 from stepdistill.losses.consistency import InverseGap, PairWeight
 from stepdistill.losses.distance import Distance, PseudoHuber
 from stepdistill.run.errors import UserError
-from stepdistill.run.plug import Plugged
+from stepdistill.run.plug import Plug, Plugged
 from stepdistill.run.ratios import sample_parts
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Loss, Pass, Turn
@@ -32,6 +32,8 @@ from stepdistill.trainers.fixed_point import FixedPoint, Proof
 from stepdistill.trainers.solvers import Asked, Data, Euler, Solved, Solver, Walk
 from stepdistill.trainers.trajectory.pairs import Ect, Pairs, Span
 from stepdistill.trainers.trajectory.scales import ScaleRange, Scales, ScalesConfig
+
+LEAST = 1e-3  # share of the image below which a state is pure noise
 
 
 class ConsistencyConfig(ScalesConfig):
@@ -116,7 +118,7 @@ class ConsistencyTrainer(Scales):
                 "lora: adapters change a trained network; set scratch=false or lora=null"
             )
         top = self.process.coefs(torch.tensor([self.top])).alpha
-        if isinstance(c.solver, Walk) and c.solver.random and float(top) == 0:
+        if isinstance(c.solver, Walk) and c.solver.random and float(top) < LEAST:
             raise UserError(
                 "solver: a random step from pure noise keeps nothing of it, so that one step would "
                 "draw the mean; set start=0.97, or eta=0"
@@ -214,11 +216,11 @@ class ConsistencyTrainer(Scales):
 
     def worth(self, t: Tensor, r: Tensor) -> Tensor:
         """The weight of each pair (t, r) [B]."""
-        return self.config.weight(t, r, self.process)
+        return a_sample(self.config.weight, "weight", self.config.weight(t, r, self.process), t)
 
     def apart(self, delta: Tensor) -> Tensor:
         """The distance [B] that a difference of two estimates [B, C, *S] stands for."""
-        return self.config.metric(delta)
+        return a_sample(self.config.metric, "metric", self.config.metric(delta), delta)
 
     def beside(
         self, estimate: Tensor, target: Tensor, end: Tensor, batch: Batch, rng: Rng
@@ -284,6 +286,20 @@ class ConsistencyTrainer(Scales):
         step = Pass("teacher", "forward", calls, 2 if self.config.guided else 1)
         own = [Pass("student", "forward"), Pass("student", "train")]
         return [step, *own] if calls else own
+
+
+def a_sample(plug: Plug, key: str, found: Tensor, like: Tensor) -> Tensor:
+    """What a plug-in gives, one number a sample [B].
+
+    Raises:
+        UserError: another shape.
+    """
+    if found.shape != like.shape[:1]:
+        raise UserError(
+            f"{key}: {plug.kind} gives {list(found.shape)} for {len(like)} samples; return one "
+            "number a sample"
+        )
+    return found
 
 
 TRAINER = ConsistencyTrainer

@@ -68,7 +68,7 @@ class FlowMapTrainer(JumpTrainer):
             batch=4,
         )
         for name, teachers, effort, keys in (
-            ("lsd", ("gaussian",), 1.5, {"form": "lsd"}),
+            ("lsd", ("gaussian",), 1.25, {"form": "lsd"}),
             ("lsd, semi", ("gmm1d",), 0.8, {"form": "lsd", "gradient": "semi"}),
             ("esd, semi", ("gaussian",), 0.5, {"form": "esd", "gradient": "semi"}),
             ("psd_m", ("gmm1d",), 0.8, {"form": "psd_m"}),

@@ -66,12 +66,13 @@ class MeanFlowTrainer(JumpTrainer):
     Config = MeanFlowConfig
     config: MeanFlowConfig
     proofs: ClassVar = {
-        "teacher": Proof(
-            ("gaussian", "gmm1d"),
+        name: Proof(
+            (teacher,),
             {"diagonal": 0.25, "t": CORNERS, "power": 0.0, "optim": STEADY},
-            effort=0.8,
+            effort=effort,
             batch=4,
-        ),
+        )
+        for name, teacher, effort in (("gains", "gaussian", 0.5), ("teacher", "gmm1d", 0.8))
     }
 
     def setup(self) -> None:

@@ -137,8 +137,7 @@ class RCMTrainer(SCMTrainer):
         x_t = self.process.noise(x, e, t)
         k = self.process.coefs(t).expand(x_t)
         pred = self.denoiser("critic")(x_t, t, batch.cond)
-        each = mean_square(self.field(pred) - field(x, e, k, self.data))
-        loss = (self.even(t) * each).mean()
+        loss = mean_square(self.field(pred) - field(x, e, k, self.data)).mean()
         return Loss(loss, {"loss": loss})
 
     def sampled(self, batch: Batch, rng: Rng, *, graph: bool) -> Tensor:

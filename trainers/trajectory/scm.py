@@ -88,12 +88,12 @@ class SCMTrainer(Scales):
     sizes: tuple[int, ...] = (1, 2, 4, 8)
     weigh: TimeWeight | None = None
     proofs: ClassVar = {
-        "distillation": Proof(("gaussian", "classes"), UNIFORM | {"optim": CALM}),
-        "plain tangent": Proof(("gmm1d",), UNIFORM | PLAIN | {"optim": CALM}),
+        "distillation": Proof(("gaussian", "classes"), UNIFORM | {"optim": CALM}, effort=0.8),
+        "plain tangent": Proof(("gmm1d",), UNIFORM | PLAIN | {"optim": CALM}, effort=0.8),
         "training": Proof(
             ("gaussian",),
             UNIFORM | PLAIN | {"cosine": False, "velocity": "data", "optim": CALM},
-            effort=1.5,
+            effort=1.2,
             batch=4,
         ),
     }
@@ -108,7 +108,7 @@ class SCMTrainer(Scales):
         if c.velocity == "data" and c.guided:
             raise UserError(
                 "guidance: velocity=data asks the teacher nothing that could be guided; set "
-                "guidance=1"
+                "guidance=1 and no guidance_range"
             )
         if c.warmup is not None and c.warmup >= c.steps:
             raise UserError(
@@ -198,23 +198,12 @@ class SCMTrainer(Scales):
         logs = {"tangent": raw.flatten(1).norm(dim=1).mean()}
         if self.weigh is not None:
             each = self.weigh.weighed(each, torch.atan2(at.sin, at.cos))
-        loss = (self.even(t) * each).mean()
+        loss = each.mean()
         return Loss(loss, {"loss": loss} | logs | sample_parts(pred.x))
 
     def field(self, pred: Prediction) -> Tensor:
         """F of a prediction [B, ...]."""
         return field(pred.x, pred.z, pred.c, self.data)
-
-    def even(self, t: Tensor) -> Tensor:
-        """Weights (dh/dF)^2 [B] of times: with them a step moves F alike, whatever the head.
-
-        Of a network that predicts the noise F is h / cos(tau) and more, which at noisy times would
-        move it hundreds of times as far as at others.
-        """
-        c = self.process.coefs(t)
-        size = torch.sqrt((c.alpha * self.data) ** 2 + c.sigma**2)
-        _, _, det = self.denoiser("student").head.weights(c, self.process.sigma_data)
-        return (self.data * det / size) ** 2
 
     def passes(self) -> list[Pass]:
         """The teacher's velocity, the derivative, and the student."""

@@ -56,7 +56,9 @@ class TBCMTrainer(SCMTrainer):
     needs = "labels"
     proofs: ClassVar = {
         "walks": Proof(("gaussian",), {"points": 4, "optim": CALM} | EXACTLY, effort=0.8),
-        "plain tangent": Proof(("gmm1d",), PLAIN | {"points": 8, "optim": CALM} | EXACTLY, batch=3),
+        "plain tangent": Proof(
+            ("gmm1d",), PLAIN | {"points": 8, "optim": CALM} | EXACTLY, effort=0.8, batch=2
+        ),
     }
 
     def setup(self) -> None:

@@ -67,7 +67,7 @@ class TCMTrainer(ConsistencyTrainer):
         "two stages": Proof(
             ("gaussian", "gmm1d"),
             {"pairs": {"kind": "ect", "stages": 2, "t": {"kind": "uniform"}}, "metric": "l2"},
-            effort=2.0,
+            effort=1.6,
         ),
     }
 

@@ -69,7 +69,10 @@ class TwinFlowTrainer(JumpTrainer):
     told = ("twin",)
     proofs: ClassVar = {
         "teacher": Proof(
-            ("gaussian",), {"optim": STEADY | {"lr": 3e-3}, "c": 0.1, "short": 0.005}, batch=4
+            ("gaussian",),
+            {"optim": STEADY | {"lr": 3e-3}, "c": 0.1, "short": 0.005},
+            effort=0.75,
+            batch=4,
         ),
     }
 

@@ -44,7 +44,7 @@ class SIMTrainer(Implicit, GridTrainer):
     covers = True
     clips = True
     proofs: ClassVar = {
-        "score": Proof(("gaussian", "gmm2d"), SMOOTH),
+        "score": Proof(("gaussian", "gmm2d", "classes"), SMOOTH),
         "full": Proof(("gaussian",), {**SMOOTH, "form": "full"}),
     }
 

@@ -83,8 +83,8 @@ class ProgressiveTrainer(Scales):
             )
         self.length = c.steps // self.stages  # the last stage has what is left
         self.grid, total = self._stage()
-        self.first, copy = self.heeding(self.initial)
-        self.add_player("student", self.first, c.optim, ema=True, total=total, copy=copy)
+        first, copy = self.heeding(self.initial)
+        self.add_player("student", first, c.optim, ema=True, total=total, copy=copy)
 
     @property
     def halved(self) -> Denoiser:
@@ -103,7 +103,9 @@ class ProgressiveTrainer(Scales):
         while self.stage < min(step // self.length, self.stages - 1):
             student = self.players["student"]
             if not self.stage:
-                self.add_player("previous", self.first, self.config.optim, ema=False, total=1)
+                like, copy = self.heeding(self.initial)
+                optim = self.config.optim
+                self.add_player("previous", like, optim, ema=False, total=1, copy=copy)
             self.stage += 1
             self.players["previous"].load_weights(student.best)
             student.load_weights(student.best)

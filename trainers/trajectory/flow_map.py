@@ -107,12 +107,7 @@ class FlowMapTrainer(JumpTrainer):
                 "gradient_checkpointing: a derivative that is differentiated cannot be recomputed; "
                 "set gradient_checkpointing=false or gradient=semi"
             )
-        if c.compile and c.adaptive:
-            raise UserError(
-                "compile: a student that trains along with a weight of times is not compiled; set "
-                "adaptive=false or compile=false"
-            )
-        self.weigh = TimeWeight(times=2).to(self.device) if c.adaptive else None
+        self.weigh = TimeWeight.beside(c, self.device, times=2) if c.adaptive else None
         super().setup()
 
     @property

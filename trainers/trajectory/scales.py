@@ -85,6 +85,8 @@ class Scales(Trainer):
 
     def scale(self, batch: Batch, rng: Rng) -> float | Tensor:
         """The guidance by which the teacher is asked: one for all, or drawn a sample [B]."""
+        if batch.cond.guidance is not None:  # drawn already, to be told
+            return batch.cond.guidance
         if self.config.guidance_range is None:
             return self.config.guidance
         low, high = self.config.guidance_range

@@ -115,14 +115,9 @@ class SCMTrainer(Scales):
                 f"warmup={c.warmup}: the derivative would never have its whole weight in "
                 f"steps={c.steps}; lower it"
             )
-        if c.compile and c.adaptive:
-            raise UserError(
-                "compile: a student that trains along with a weight of times is not compiled; set "
-                "adaptive=false or compile=false"
-            )
         count = math.prod(self.teacher.sample_shape)  # a tangent of norm 1 has squares 1 / count
         first = count if c.normal == "norm" else 1
-        self.weigh = TimeWeight(first).to(self.device) if c.adaptive else None
+        self.weigh = TimeWeight.beside(c, self.device, first) if c.adaptive else None
         net, copy = self.heeding(self.initial)
         self.add_player(
             "student", net, c.optim, ema=True, total=c.steps, extra=self.weigh, copy=copy

@@ -7,6 +7,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+from stepdistill.run.errors import UserError
+from stepdistill.trainers.settings import TrainConfig
+
 OCTAVES = 4  # of each angle's waves
 
 
@@ -27,6 +30,22 @@ class TimeWeight(nn.Module):
         self.line = nn.Linear(2 * OCTAVES * times, 1)
         nn.init.zeros_(self.line.weight)
         nn.init.constant_(self.line.bias, math.log(first))
+
+    @classmethod
+    def beside(
+        cls, config: TrainConfig, device: torch.device, first: float = 1.0, times: int = 1
+    ) -> TimeWeight:
+        """One that trains along with the student of a run.
+
+        Raises:
+            UserError: the student is to be compiled.
+        """
+        if config.compile:
+            raise UserError(
+                "compile: a student that trains along with a weight of times is not compiled; set "
+                "adaptive=false or compile=false"
+            )
+        return cls(first, times).to(device)
 
     def forward(self, *angles: Tensor) -> Tensor:
         """The log weight at angles [B] each, in radians."""

@@ -11,7 +11,7 @@ from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.guidance import guided
 from stepdistill.diffusion.process import Process
 from stepdistill.diffusion.sampler import Sampled, first_state, full, move
-from stepdistill.diffusion.timesteps import Grid, flow_to_process
+from stepdistill.diffusion.timesteps import Grid
 
 STEPS = 32
 
@@ -50,7 +50,7 @@ def even_times(process: Process, top: float, steps: int) -> Grid:
     """Times from ``top`` to 0 that are even in rectified flow's time, none below ``t_min``."""
     whole = process.flow_time(torch.tensor([top], dtype=torch.float64))
     s = whole * (1 - torch.arange(1, steps, dtype=torch.float64) / steps)
-    return (top, *flow_to_process(s, process).tolist(), 0.0)
+    return (top, *process.time_of_flow(s).tolist(), 0.0)
 
 
 def straightness(path: Sequence[Tensor], times: Tensor) -> float:

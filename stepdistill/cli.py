@@ -252,7 +252,7 @@ def bench_jvp(
     rounds: Annotated[int, typer.Option(help="interleaved rounds", min=3)] = 20,
     threads: Annotated[int, typer.Option(help="CPU threads; one is the steadiest", min=1)] = 1,
     step: Annotated[
-        float, typer.Option(help="of differences, as a part of the time range", min=1e-6, max=0.5)
+        float, typer.Option(help="of differences, in flow time", min=1e-6, max=0.5)
     ] = 0.005,
 ) -> None:
     """Time a derivative along the flow by each way, its memory, and how far the ways agree."""

@@ -189,6 +189,23 @@ def test_the_central_difference_is_of_second_order_and_one_sided_at_the_top() ->
     assert torch.allclose(one, other, atol=1e-4)
 
 
+@every_process
+@pytest.mark.parametrize("way", ["central", "difference", "semi"])
+def test_differences_of_one_step_are_as_good_at_every_level_of_every_process(process, way) -> None:
+    """A step in the process's own time would be too long at EDM's cleaner levels."""
+    den = Exact(process, 0.6)
+    s = torch.linspace(0.05, 0.92, 17)  # VP has 0.028 to 0.936
+    t = process.time_of_flow(s)
+    x, z = torch.randn(2, 17, 3, generator=torch.Generator().manual_seed(0))
+    x_t, k = process.noise(0.6 * x, z, t), process.coefs(t).expand(x)
+    speed = k.d_alpha * 0.6 * x + k.d_sigma * z
+    flow = expand(process.flow_rate(t), x)
+    exact = along(den, x_t, t, Cond(), speed, drift)[1] / flow
+    _, slope = along(den, x_t, t, Cond(), speed, drift, way=way, step=0.01)
+    bound = 0.01 if way == "central" else 0.15
+    assert float((slope / flow - exact).abs().max()) < bound * float(exact.abs().max())
+
+
 def test_bench_jvp_tells_time_memory_and_agreement(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     found = jvp("scm-digits", ("batch_size=4",), rounds=3, threads=1, step=2e-5)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from stepdistill.commands.read import read_config
+from stepdistill.commands.train import train
 from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.diffusion.process import RF
 from stepdistill.diffusion.timesteps import LogitNormal, Uniform
 from stepdistill.losses.guides import Spread
+from stepdistill.run.config import CONFIGS
 from stepdistill.run.errors import UserError
 from stepdistill.trainers.onpolicy import opd
 from stepdistill.trainers.score.opponent import label_rows
@@ -129,3 +132,44 @@ def test_a_density_keeps_its_law_below_the_start_of_the_students() -> None:
     torch.testing.assert_close(t.quantile(grid), kept.quantile(grid), atol=2e-3, rtol=0)
     with pytest.raises(UserError, match=r"^start=0\.75: nothing noisier than the time 0\.75"):
         made.drawn(Uniform(low=0.8), u)
+
+
+SAID = [
+    ("scm-digits", ("derivative=jvp",), "difference_step: does nothing with derivative=jvp"),
+    ("scm-digits", ("normal=clamp", "norm_floor=1"), "norm_floor: does nothing with normal=clamp"),
+    ("mean_flow-digits", ("power=0", "power_floor=1"), "power_floor: does nothing with power=0"),
+    ("tlcm-digits", ("states=data", "walk_steps=9"), "walk_steps: does nothing with states=data"),
+    (
+        "consistency-digits",
+        ("target_decay=0.9",),
+        "target_decay: does nothing with target=stop_gradient",
+    ),
+    (
+        "consistency-digits",
+        ("guidance=3", "guidance_range=[1,3]"),
+        "guidance: does nothing with a guidance_range that is not told",
+    ),
+    (
+        "hyper_sd-digits",
+        ("student_steps=4",),
+        "adversary: does nothing in stages of 4 segments and more",
+    ),
+]
+
+
+@pytest.mark.parametrize(("config", "keys", "line"), SAID, ids=lambda v: str(v)[:40])
+def test_a_value_that_does_nothing_beside_another_is_said(config, keys, line) -> None:
+    """And not refused: configs hold values for choices that one may try others of."""
+    assert line in read_config(config, keys)[1].without_effect()
+    assert line not in read_config(config)[1].without_effect()
+
+
+def test_a_training_says_what_does_nothing(tmp_path, capsys) -> None:
+    own = [f"run={tmp_path / 'run'}", "steps=1", "batch_size=4", "power_floor=1", "power=0"]
+    train("mean_flow-digits", own)
+    assert "power_floor: does nothing with power=0" in capsys.readouterr().err
+
+
+def test_what_is_shipped_has_no_value_that_does_nothing() -> None:
+    for path in CONFIGS.glob("*.yaml"):
+        assert read_config(str(path))[1].without_effect() == [], path.name

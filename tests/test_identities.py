@@ -14,7 +14,6 @@ from stepdistill.diffusion.timesteps import (
     LogitNormal,
     Uniform,
     UShaped,
-    flow_to_process,
     grid_between,
     raised,
     regular_start,
@@ -282,7 +281,7 @@ def test_u_shaped_in_another_process_has_the_same_log_snr() -> None:
     u = uniforms(50)
     s = UShaped().sample(u, RF()).clamp_max(80 / 81)  # EDM's largest level
     close(EDM().log_snr(UShaped().sample(u, EDM())), -2 * torch.logit(s), rtol=1e-9)
-    close(flow_to_process(s, Trig()).tan() * 0.5, s / (1 - s), rtol=1e-9)
+    close(Trig().time_of_flow(s).tan() * 0.5, s / (1 - s), rtol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["rf", "edm", "trig"])

@@ -22,7 +22,6 @@ from stepdistill.data.pairs.store import PairStore
 from stepdistill.data.sets import MemorySet
 from stepdistill.diffusion.process import RF, Process
 from stepdistill.diffusion.sampler import first_state, full
-from stepdistill.diffusion.timesteps import flow_to_process
 from stepdistill.oracles.denoiser import Oracle
 from stepdistill.run.config import digest, dump
 from stepdistill.run.errors import UserError
@@ -156,7 +155,7 @@ def test_noise_of_images_is_the_flow_s(name, solver) -> None:
     made = one(INDEX)
     assert torch.equal(made.x, images.load(INDEX.tolist())[0])
     assert torch.equal(made.label, INDEX % 3)
-    low = float(flow_to_process(torch.tensor(FIRST_NOISE, dtype=torch.float64), process))
+    low = float(process.time_of_flow(torch.tensor(FIRST_NOISE, dtype=torch.float64)))
     first = process.noise(made.x, one.plan.noise(INDEX), full(made.x, low))
     top = carried(teacher, first, low, process.t_max)
     exact = top / process.coefs(torch.tensor(process.t_max)).sigma

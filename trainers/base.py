@@ -201,6 +201,14 @@ class Trainer(ABC):
     def prepare(self, step: int) -> None:
         """Make the players that exist at ``step``; called before one is resumed."""
 
+    def in_full(self) -> int:
+        """The first step in which all have their turns, which some begin later; made ready for."""
+        first, last = 0, self.config.steps - 1
+        while len(self.turns(first)) < len(self.turns(last)):
+            first += 1
+        self.prepare(first)
+        return first
+
     # What it gets -----------------------------------------------------------------------------
 
     def held(self) -> dict[str, int]:

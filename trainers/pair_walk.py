@@ -19,7 +19,7 @@ from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.diffusion.process import expand
 from stepdistill.diffusion.sampler import first_state, full, sample
-from stepdistill.diffusion.timesteps import flow_to_process, grid_between, uniform_grid
+from stepdistill.diffusion.timesteps import grid_between, uniform_grid
 from stepdistill.run.errors import UserError
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.settings import PairsConfig, TrainConfig, without_substeps
@@ -155,7 +155,7 @@ class PairWalk:
     def noise(self, x: Tensor, e: Tensor, cond: Cond, steps: int | None = None) -> Tensor:
         """Noise of images [B, *S], on the CPU: the end of the flow from a trace of e."""
         process = self.teacher.process
-        low = float(flow_to_process(torch.tensor(FIRST_NOISE, dtype=torch.float64), process))
+        low = float(process.time_of_flow(torch.tensor(FIRST_NOISE, dtype=torch.float64)))
         grid = grid_between(process.t_max, low, steps or self.plan.steps, process)[::-1]
         with torch.no_grad(), self.autocast():
             x, e = x.to(self.teacher.device), e.to(self.teacher.device)

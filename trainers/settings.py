@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -190,7 +191,12 @@ class PairsConfig(Section):
 
 
 class TrainConfig(Section):
-    """One training run."""
+    """One training run.
+
+    ``idle`` names keys, each with the settings of another (``key=value``) by which it does nothing.
+    """
+
+    idle: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     method: str = Field(description="a method of `stepdistill methods`")
     run: Path = Field(description="folder of the run, made if it is not there")
@@ -255,6 +261,21 @@ class TrainConfig(Section):
     def guides_law(self) -> bool:
         """Whether the student, as it samples, has the guided teacher's law."""
         return self.guided
+
+    def without_effect(self) -> list[str]:
+        """A line for each key that was given and that does nothing beside another."""
+
+        def holds(setting: str) -> bool:
+            key, _, value = setting.partition("=")
+            own = getattr(self, key)
+            return (f"{own:g}" if isinstance(own, float) else str(own)) == value
+
+        return [
+            f"{key}: does nothing with {setting}"
+            for key, settings in self.idle.items()
+            for setting in settings
+            if key in self.model_fields_set and holds(setting)
+        ]
 
     @property
     def pair_store(self) -> PairsConfig | None:

@@ -85,12 +85,13 @@ def measure(
     trainer: Trainer, processes: Processes, rounds: int
 ) -> tuple[dict[str, float], tuple[float, float]]:
     """Median seconds of every part, and the lowest and highest ratio of the middle half."""
-    batches = Source(trainer, processes, Watch(trainer.config)).batches(0)
+    first = trainer.in_full()
+    batches = Source(trainer, processes, Watch(trainer.config)).batches(first)
     batch = next(batches)
     health, meter = Health(), Meter()
     with TemporaryDirectory() as folder:
         log = Log(Path(folder), tensorboard=False)
-        steps = iter(range(10**9))
+        steps = iter(range(first, 10**9))
 
         def whole() -> None:
             step = next(steps)
@@ -112,7 +113,7 @@ def measure(
         log.close()
     scale = {f"pass {i}": item.count for i, item in enumerate(passes)}
     scale |= {name: 1.0 for name in parts if name not in scale}
-    for name, turns in turns_of(trainer).items():
+    for name, turns in turns_of(trainer, first).items():
         scale[f"optimizer {name}"] = turns
         scale[f"clip, check, ema {name}"] = turns
     scaled = {name: [v * scale[name] for v in row] for name, row in times.items()}
@@ -126,9 +127,9 @@ def measure(
     return medians, (ratios[quarter], ratios[-1 - quarter])
 
 
-def turns_of(trainer: Trainer) -> dict[str, int]:
+def turns_of(trainer: Trainer, step: int) -> dict[str, int]:
     """Updates of each player in a step."""
-    names = [turn.player for turn in trainer.turns(0)]
+    names = [turn.player for turn in trainer.turns(step)]
     return {name: names.count(name) for name in trainer.players}
 
 

@@ -14,9 +14,10 @@ from torch import Tensor
 from stepdistill.commands.job import job
 from stepdistill.commands.peaks import peak
 from stepdistill.commands.read import read_config
-from stepdistill.data.batch import Batch
-from stepdistill.diffusion.denoiser import Denoiser
+from stepdistill.diffusion.cond import Cond
+from stepdistill.diffusion.denoiser import Denoiser, Prediction
 from stepdistill.diffusion.derivative import CALLS, Way, drift, rate
+from stepdistill.diffusion.sampler import first_state, full
 from stepdistill.run.rng import Rng
 
 WARMUP = 2
@@ -32,7 +33,7 @@ def jvp(
         overrides: of its keys.
         rounds: in which the ways are timed in turn.
         threads: of the CPU.
-        step: of the differences, as a part of the largest time.
+        step: of the differences, in flow time.
 
     Returns:
         By the way's name, and "forward" for a bare pass: median ``seconds``, peak ``bytes`` beyond
@@ -46,28 +47,36 @@ def jvp(
     with job(settings) as (processes, net):
         trainer = cls(settings, net, wrap=processes.wrap)
         den, batch = trainer.teacher, trainer.batch(0)
-        calls = ways(den, batch, trainer.z(batch, Rng(settings.seed)), step)
+        z = trainer.z(batch, Rng(settings.seed))
+        x = estimate(den, z, batch.cond, trainer.top) if batch.x is None else batch.x
+        calls = ways(den, x, z, batch.cond, step)
         figures = measured(calls, den.device, rounds)
     show(figures, f"{config}: derivatives of its teacher, batch {settings.batch_size}", step)
     return figures
 
 
+@torch.no_grad()
+def estimate(den: Denoiser, z: Tensor, cond: Cond, top: float) -> Tensor:
+    """The network's clean estimates of noise z [B, ...] at the time ``top``."""
+    pred: Prediction = den(first_state(den.process, z, top), full(z, top), cond)
+    return pred.x
+
+
 def ways(
-    den: Denoiser, batch: Batch, z: Tensor, step: float
+    den: Denoiser, x: Tensor, z: Tensor, cond: Cond, step: float
 ) -> dict[str, Callable[[], Tensor | None]]:
-    """A bare pass, and the derivative by every way, at the middle of the flow."""
-    process = den.process
-    t = torch.full((len(z),), 0.5 * process.t_max, device=z.device)
+    """A bare pass, and the derivative by every way, at the middle of the flow from x to z."""
+    t = den.process.time_of_flow(torch.full((len(z),), 0.5, device=z.device))
+    x_t = den.process.noise(x, z, t)
     with torch.no_grad():
-        velocity = den(z, t, batch.cond).velocity
+        velocity = den(x_t, t, cond).velocity
 
     def plain() -> None:
         with torch.no_grad():
-            den(z, t, batch.cond)
+            den(x_t, t, cond)
 
     def by(way: Way) -> Callable[[], Tensor]:
-        size = step * process.t_max
-        return lambda: rate(den, z, t, batch.cond, velocity, drift, way=way, step=size)
+        return lambda: rate(den, x_t, t, cond, velocity, drift, way=way, step=step)
 
     return {"forward": plain} | {way: by(way) for way in CALLS}
 

@@ -55,6 +55,8 @@ def fit(cls: type[Trainer], config: TrainConfig, fresh: Denoiser | None = None) 
         )
         with closing(Watch(config, main=processes.main)) as watch:
             watch.prepare(trainer)
+            for line in config.without_effect():
+                watch.say(line)
             source = Source(trainer, processes, watch)
             Loop(trainer, source.batches, processes, watch).fit()
             source.report()

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser, Prediction
-from stepdistill.diffusion.process import expand
+from stepdistill.diffusion.process import Process, expand
 
 # What torch's own rules of forward mode are written in.
 warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
@@ -22,6 +22,8 @@ Way = Literal["jvp", "difference", "central", "semi"]
 CALLS: dict[Way, int] = {"jvp": 1, "difference": 2, "central": 2, "semi": 2}
 """Calls of the network by each way for the derivative alone, see :func:`rate`."""
 View = Callable[[Prediction], Tensor]
+LEAST = 1e-6
+"""In flow time: steps that are shorter are none."""
 
 
 def drift(pred: Prediction) -> Tensor:
@@ -49,7 +51,9 @@ def along(
     ends of time. Semi is forward mode in the state and a difference in time alone, for networks
     whose time cannot be differentiated or turns fast (rCM, spec 1.10).
 
-    Where steps of ``cond`` end stays as it is.
+    Differences step in rectified flow's time, which is as fine at every noise level of every
+    process, along the path whose clean and noise parts stay. Where steps of ``cond`` end stays as
+    it is.
 
     Args:
         den: the network.
@@ -57,30 +61,28 @@ def along(
         velocity: dx_t/dt of the path, in the process's own time [B, ...].
         view: what is looked at of a prediction: [B, ...].
         way: "jvp", "difference" backwards in time, "central" both ways, or "semi".
-        step: of the difference, in times; a sample at an earlier time takes its whole time.
+        step: of the difference, in flow time; a sample at an earlier time takes its whole time.
 
     Returns:
         The view and its derivative, each [B, ...].
     """
-
-    def at(state: Tensor, time: Tensor) -> Tensor:
-        return view(den(state, time, cond))
 
     x_t, velocity = x_t.float(), velocity.float()
     t = t.float().clamp_min(den.process.t_min)
     if way == "jvp":
         return slope(den, x_t, t, cond, view, d_x=velocity, d_t=torch.ones_like(t))
     with _bare(den), torch.autocast(x_t.device.type, enabled=False):
-        before = _before(den, t, cond, step)
-        wide = expand((t - before).clamp_min(1e-6), x_t)
-        left = expand(before < t, x_t)  # of time, to step back in
+        before, length = _back(den.process, t, cond, step)
+        quotient = expand(den.process.flow_rate(t) / length.clamp_min(LEAST), x_t)
+        left = expand(length > LEAST, x_t)  # of time, to step back in
         if way == "semi":
             value, moved = slope(den, x_t, t, cond, view, d_x=velocity)
-            return value, moved + torch.where(left, (value - at(x_t, before)) / wide, 0)
-        value = at(x_t, t)
+            back = view(den(x_t, before, cond))
+            return value, moved + torch.where(left, (value - back) * quotient, 0)
+        value = view(den(x_t, t, cond))
         if way == "difference":
-            back = at(x_t - wide * velocity, before)
-            return value, torch.where(left, (value - back) / wide, 0)
+            back = view(den(_moved(den.process, x_t, t, velocity, before), before, cond))
+            return value, torch.where(left, (value - back) * quotient, 0)
     return value, rate(den, x_t, t, cond, velocity, view, way=way, step=step)
 
 
@@ -102,19 +104,35 @@ def rate(
         return along(den, x_t, t, cond, velocity, view, way=way, step=step)[1]
     x_t, velocity = x_t.float(), velocity.float()
     t = t.float().clamp_min(den.process.t_min)
-    before = _before(den, t, cond, step)
-    after = (t + step).clamp_max(den.process.t_max)
+    process, flow = den.process, den.process.flow_time(t)
+    before, back = _back(process, t, cond, step)
+    on = (process.flow_time(torch.full_like(t, process.t_max)) - flow).clamp(0, step)
+    after = torch.where(on > LEAST, process.time_of_flow(flow + on), t)
     with _bare(den), torch.autocast(x_t.device.type, enabled=False):
         first, last = (
-            view(den(x_t + expand(at - t, x_t) * velocity, at, cond)) for at in (before, after)
+            view(den(_moved(process, x_t, t, velocity, at), at, cond)) for at in (before, after)
         )
-    return (last - first) / expand(after - before, x_t).clamp_min(1e-6)
+    return (last - first) * expand(process.flow_rate(t) / (back + on).clamp_min(LEAST), x_t)
 
 
-def _before(den: Denoiser, t: Tensor, cond: Cond, step: float) -> Tensor:
-    """Times [B] a step before t, no earlier than where steps of ``cond`` end."""
-    room = t if cond.end is None else t - cond.end
-    return (t - room.clamp_max(step)).clamp_min(den.process.t_min)
+def _back(process: Process, t: Tensor, cond: Cond, step: float) -> tuple[Tensor, Tensor]:
+    """Times [B] a step before t, no earlier than where steps of ``cond`` end; its lengths [B].
+
+    Both in the process's time, but for the lengths, which are in flow time.
+    """
+    flow = process.flow_time(t)
+    first = torch.full_like(t, process.t_min) if cond.end is None else cond.end.float()
+    room = flow - process.flow_time(first.clamp_min(process.t_min))
+    length = room.clamp(0, step)
+    return torch.where(length > LEAST, process.time_of_flow(flow - length), t), length
+
+
+def _moved(process: Process, x_t: Tensor, t: Tensor, velocity: Tensor, to: Tensor) -> Tensor:
+    """The states at times ``to`` [B] of the path of x_t, whose clean and noise parts stay."""
+    a, b = process.coefs(t).expand(x_t), process.coefs(to).expand(x_t)
+    own = b.alpha * a.d_sigma - b.sigma * a.d_alpha
+    new = a.alpha * b.sigma - a.sigma * b.alpha
+    return (own * x_t + new * velocity) / (a.alpha * a.d_sigma - a.sigma * a.d_alpha)
 
 
 def slope(

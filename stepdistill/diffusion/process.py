@@ -64,6 +64,11 @@ class Process(ABC):
         c = self.coefs(t)
         return c.sigma / (c.alpha + c.sigma)
 
+    def time_of_flow(self, s: Tensor) -> Tensor:
+        """Time of rectified flow's time s in (0, 1), kept in the trained range: the inverse of
+        :meth:`flow_time`."""
+        return self.time_at(-2 * torch.logit(s)).clamp(self.t_min, self.t_max)
+
     def flow_rate(self, t: Tensor) -> Tensor:
         """The derivative of :meth:`flow_time` in t."""
         c = self.coefs(t)
@@ -108,6 +113,10 @@ class RF(Process):
     def time_at(self, log_snr: Tensor) -> Tensor:
         """See :meth:`Process.time_at`."""
         return torch.sigmoid(-log_snr / 2)
+
+    def time_of_flow(self, s: Tensor) -> Tensor:
+        """See :meth:`Process.time_of_flow`."""
+        return s
 
     def network_time(self, t: Tensor) -> Tensor:
         """1000 t, as diffusers' flow models take it."""

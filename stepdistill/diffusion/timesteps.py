@@ -26,11 +26,6 @@ def time_of_noise(log_n: Tensor, process: Process) -> Tensor:
     return process.time_at(-2 * log_n).clamp(process.t_min, process.t_max)
 
 
-def flow_to_process(s: Tensor, process: Process) -> Tensor:
-    """The time of ``process`` that has the log-SNR of rectified flow at time s in (0, 1)."""
-    return time_of_noise(torch.logit(s), process)
-
-
 class _Density(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -80,7 +75,7 @@ class UShaped(_Density):
         """Times [B] from uniforms u [B] in (0, 1)."""
         s = 0.5 + torch.asinh((2 * u - 1) * math.sinh(self.a / 2)) / self.a
         s = self.eps + s * (1 - 2 * self.eps)
-        return s if process.name == "rf" else flow_to_process(s, process)
+        return process.time_of_flow(s)
 
 
 Density = Annotated[Uniform | LogitNormal | UShaped, Field(discriminator="kind")]

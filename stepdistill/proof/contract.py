@@ -94,22 +94,13 @@ def miscounted(trial: Trial) -> float:
     Walks of the student without a graph are left out: their length is drawn.
     """
     made = trial.build(steps=LONG)
-    first = in_full(made)
+    first = made.in_full()
     with counting(made) as counts:
         for at in range(first, first + STEPS):
             step(trial, made, at)
     expected = declared(made)
     keys = {key for key in (*counts, *expected) if key[:2] != ("student", "forward")}
     return sum(abs(counts[key] / STEPS - expected[key]) for key in keys)
-
-
-def in_full(made: Trainer) -> int:
-    """The first step in which all take their turns, some of whom begin later; made ready for."""
-    first = 0
-    while len(made.turns(first)) < len(made.turns(LONG - 1)):
-        first += 1
-    made.prepare(first)
-    return first
 
 
 # Processes ----------------------------------------------------------------------------------------
@@ -156,7 +147,7 @@ def gradients(trial: Trial, made: Trainer, at: int) -> list[Tensor]:
 def average_gap(trial: Trial) -> float:
     """Largest difference of the student's averaged weights to a sum over its own updates."""
     made = trial.build(steps=LONG)
-    first = in_full(made)
+    first = made.in_full()
     player = made.students()[-1]
     if player.ema is None:
         return 0.0

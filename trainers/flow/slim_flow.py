@@ -16,7 +16,7 @@ from stepdistill.data.batch import Batch
 from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.guidance import guided
 from stepdistill.diffusion.sampler import first_state, full
-from stepdistill.diffusion.timesteps import Density, Uniform, flow_to_process
+from stepdistill.diffusion.timesteps import Density, Uniform
 from stepdistill.losses.reflow import mixed_noise, velocity_loss
 from stepdistill.losses.regression import mean_square
 from stepdistill.run.errors import UserError
@@ -126,7 +126,7 @@ class SlimFlowTrainer(LineTrainer):
         own, guess = self.denoiser("student")(state, full(state, self.top), twice).x.chunk(2)
         s = SECOND[0] + (SECOND[1] - SECOND[0]) * rng.uniform("t", batch.index)
         with torch.no_grad():
-            t = flow_to_process(s, self.process).clamp_max(self.top)
+            t = self.process.time_of_flow(s).clamp_max(self.top)
             target = self.second(guess, fresh, t, batch.cond)
         pairs, steps = self.distance(own, x), self.distance(guess, target)
         loss = pairs + steps

@@ -34,6 +34,8 @@ NORM_FLOOR = 0.1  # added to the norm that ``d_norm`` divides by
 class MDTDistConfig(TrainConfig):
     """Settings of ``mdt_dist``."""
 
+    idle: ClassVar = {"difference_step": ("derivative=jvp",)}
+
     matching: float = Field(1.0, ge=0, description="weight of velocity matching; 0: none")
     distillation: float = Field(1.0, ge=0, description="weight of velocity distillation; 0: none")
     derivative: Way = Field(
@@ -42,7 +44,7 @@ class MDTDistConfig(TrainConfig):
         "where a network's time embedding turns fast (DiT)",
     )
     difference_step: float = Field(
-        0.01, ge=0.005, le=0.1, description="step of the difference, in the process's time range"
+        0.01, ge=0.005, le=0.1, description="step of the difference, in flow time"
     )
     d_norm: bool = Field(
         False, description="divide du/dt by its norm + 0.1: steadier, but another fixed point"
@@ -147,7 +149,7 @@ class MDTDistTrainer(Trainer):
             real.velocity,
             drift,
             way=c.derivative,
-            step=c.difference_step * self.process.t_max,
+            step=c.difference_step,
         )
         slope = slope / expand(self.process.flow_rate(t), slope)
         if c.d_norm:

@@ -39,6 +39,8 @@ LEAST = 1e-3  # share of the image below which a state is pure noise
 class ConsistencyConfig(ScalesConfig):
     """Settings of ``consistency``."""
 
+    idle: ClassVar[Mapping[str, tuple[str, ...]]] = {"target_decay": ("target=stop_gradient",)}
+
     pairs: Plugged[Pairs] = Field(default_factory=Ect, description="which times are compared")
     solver: Solved = Field(
         default_factory=Euler,

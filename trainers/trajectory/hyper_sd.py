@@ -49,6 +49,13 @@ class HyperSDConfig(SegmentsConfig, OpposedConfig):
         2, ge=1, description="most segments of a stage in which the discriminator takes part"
     )
 
+    def without_effect(self) -> list[str]:
+        """See :meth:`TrainConfig.without_effect`; a discriminator of no stage."""
+        least, most = self.student_steps, self.adversary_segments
+        idle = self.adversary is not None and least > most
+        own = [f"adversary: does nothing in stages of {least} segments and more"] if idle else []
+        return own + super().without_effect()
+
 
 class HyperSDTrainer(Opposed, SegmentsTrainer):
     """Trajectory-segmented consistency of Hyper-SD (Ren et al. 2024), spec M7, in equal stages.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -32,6 +33,8 @@ CORNERS = {"kind": "u_shaped", "a": 4.0}
 class JumpConfig(TrainConfig):
     """Settings of methods whose student is told where its step ends."""
 
+    idle: ClassVar[Mapping[str, tuple[str, ...]]] = {"difference_step": ("derivative=jvp",)}
+
     velocity: Literal["teacher", "data"] = Field(
         "teacher", description="whose flow is learnt: the teacher's, or z - x of the images alone"
     )
@@ -55,7 +58,7 @@ class JumpConfig(TrainConfig):
         "difference, which is steadier where a network's time embedding turns fast (DiT)",
     )
     difference_step: float = Field(
-        0.01, ge=0.001, le=0.1, description="step of the difference, in the process's time range"
+        0.01, ge=0.001, le=0.1, description="step of the difference, in flow time"
     )
 
 
@@ -201,6 +204,6 @@ class JumpTrainer(Trainer):
             self.speed(v, draw.x_t, draw.t),
             drift,
             way=c.derivative,
-            step=c.difference_step * self.process.t_max,
+            step=c.difference_step,
         )
         return found / expand(self.process.flow_rate(draw.t), found)

@@ -33,6 +33,8 @@ GUIDING = ("kappa", "guided_times", "label_drop")  # keys of a student that guid
 class MeanFlowConfig(JumpConfig):
     """Settings of ``mean_flow``."""
 
+    idle: ClassVar = {**JumpConfig.idle, "power_floor": ("power=0",)}
+
     t: Density = Field(
         default_factory=lambda: LogitNormal(mean=-0.4),
         description="density of which two times are drawn: the noisier one begins a step",

@@ -7,6 +7,7 @@ the student's samples, as in DMD, sharpens what a tangent of finite networks lea
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -18,7 +19,7 @@ from stepdistill.diffusion.denoiser import Prediction
 from stepdistill.diffusion.guidance import guided
 from stepdistill.diffusion.process import expand
 from stepdistill.diffusion.sampler import first_state, full
-from stepdistill.diffusion.timesteps import Density, LogitNormal
+from stepdistill.diffusion.timesteps import Density
 from stepdistill.losses.continuous import field
 from stepdistill.losses.regression import mean_square
 from stepdistill.run.errors import UserError
@@ -36,17 +37,17 @@ LEAST = 1e-5  # of the pull's normaliser
 class RCMConfig(SCMConfig):
     """Settings of ``rcm``."""
 
-    t: Density = Field(
-        default_factory=lambda: LogitNormal(mean=-0.8, std=1.6), description="density of times"
-    )
     adaptive: bool = Field(False, description="weigh times by a learned function of theirs")
     guidance_range: None = Field(None, description="always null: the fake score is of one law")
     critic: CriticOptim = Field(
         default_factory=CriticOptim, description="the fake score's optimizer"
     )
     critic_steps: int = Field(4, ge=1, description="fake-score updates a student update")
-    alone: int = Field(
-        0, ge=0, description="steps at the start in which the student learns by the tangent alone"
+    alone: int | None = Field(
+        None,
+        ge=0,
+        description="steps at the start in which the student learns by the tangent alone; null: "
+        "those of the warm-up",
     )
     regularizer: float | None = Field(
         None,
@@ -55,9 +56,10 @@ class RCMConfig(SCMConfig):
         "keeps its balance with a normalised tangent at any size",
     )
     own_steps: int = Field(4, ge=1, description="most steps of the student's own samples")
-    own_t: Density = Field(
-        default_factory=lambda: LogitNormal(mean=0.0, std=1.6),
-        description="times at which teacher and fake score are compared, and where walks go on",
+    own_t: Density | None = Field(
+        None,
+        description="times at which teacher and fake score are compared, and where walks go on; "
+        "null: lognormal noise as published, in sigma_data",
     )
 
 
@@ -71,6 +73,8 @@ class RCMTrainer(SCMTrainer):
 
     Config = RCMConfig
     config: RCMConfig
+    published: ClassVar = (-0.8, 1.6)
+    published_own: ClassVar = (0.0, 1.6)
     proofs: ClassVar = {
         "both": Proof(
             ("gaussian",), UNIFORM | {"critic_steps": 1, "optim": CALM, "regularizer": 0.3}
@@ -85,12 +89,23 @@ class RCMTrainer(SCMTrainer):
         """
         super().setup()
         c = self.config
-        if c.alone >= c.steps:
+        if self.alone >= c.steps:
             raise UserError(
-                f"alone={c.alone} leaves the fake score none of steps={c.steps}; lower it"
+                f"alone={self.alone} leaves the fake score none of steps={c.steps}; lower it"
             )
-        total = (c.steps - c.alone) * c.critic_steps
+        total = (c.steps - self.alone) * c.critic_steps
         self.add_player("critic", self.initial, c.critic, ema=False, total=total)
+
+    @cached_property
+    def own_times(self) -> Density:
+        """The density of times of the student's own samples."""
+        return self.config.own_t or self.lognormal(*self.published_own)
+
+    @property
+    def alone(self) -> int:
+        """Steps before the fake score trains, and pulls."""
+        own = self.config.alone
+        return self.warmup if own is None else own
 
     @property
     def regularizer(self) -> float:
@@ -108,7 +123,7 @@ class RCMTrainer(SCMTrainer):
     def turns(self, step: int) -> list[Turn]:
         """The student alone at first; then its update, and those of the fake score."""
         c = self.config
-        if step < c.alone:
+        if step < self.alone:
             return [Turn("student", self.loss)]
         return [Turn("student", self.both)] + [Turn("critic", self.critic_loss)] * c.critic_steps
 
@@ -116,7 +131,7 @@ class RCMTrainer(SCMTrainer):
         """The tangent's loss, and the pull on the student's samples."""
         own = self.loss(batch, rng)
         made = self.sampled(batch, rng, graph=True)
-        t = self.drawn(self.config.own_t, rng.uniform("own-t", batch.index))
+        t = self.drawn(self.own_times, rng.uniform("own-t", batch.index))
         x = made.detach()
         x_t = self.process.noise(x, self.z(batch, rng, "own-e"), t)
         with torch.no_grad():
@@ -133,7 +148,7 @@ class RCMTrainer(SCMTrainer):
         """The fake score's velocity of the student's samples."""
         with torch.no_grad():
             x = self.sampled(batch, rng, graph=False)
-        t, e = self.drawn(self.config.own_t, rng.uniform("own-t", batch.index)), self.z(batch, rng)
+        t, e = self.drawn(self.own_times, rng.uniform("own-t", batch.index)), self.z(batch, rng)
         x_t = self.process.noise(x, e, t)
         k = self.process.coefs(t).expand(x_t)
         pred = self.denoiser("critic")(x_t, t, batch.cond)
@@ -149,7 +164,7 @@ class RCMTrainer(SCMTrainer):
         for place in range(1, steps):
             with torch.no_grad():
                 x = student(x_t, t, batch.cond).x
-            later = self.drawn(self.config.own_t, rng.uniform(f"own-t-{place}", batch.index))
+            later = self.drawn(self.own_times, rng.uniform(f"own-t-{place}", batch.index))
             t = torch.minimum(t, later)
             x_t = self.process.noise(x, self.z(batch, rng, f"own-e-{place}"), t)
         with torch.set_grad_enabled(graph):

@@ -6,6 +6,7 @@ estimates from the data, half of them from pure noise, where the tangent vanishe
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import ClassVar
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from stepdistill.data.batch import Batch
 from stepdistill.diffusion.denoiser import Prediction
 from stepdistill.diffusion.process import expand
-from stepdistill.diffusion.timesteps import Density, LogitNormal
+from stepdistill.diffusion.timesteps import Density
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Loss, Pass, Turn
 from stepdistill.trainers.fixed_point import Proof
@@ -28,9 +29,10 @@ from stepdistill.trainers.trajectory.scm import CALM, UNIFORM, SCMConfig, SCMTra
 class SprintOpponent(TeacherConfig):
     """The discriminator of ``sana_sprint``."""
 
-    t: Density = Field(
-        default_factory=lambda: LogitNormal(mean=0.093, std=1.0),
-        description="times to which samples and data are noised before they are told apart",
+    t: Density | None = Field(  # type: ignore[assignment]
+        None,
+        description="times to which samples and data are noised before they are told apart; null: "
+        "lognormal noise as published, in sigma_data",
     )
     student: float = Field(0.5, ge=0, description="weight in the student's loss")
 
@@ -38,9 +40,6 @@ class SprintOpponent(TeacherConfig):
 class SanaSprintConfig(SCMConfig):
     """Settings of ``sana_sprint``."""
 
-    t: Density = Field(
-        default_factory=lambda: LogitNormal(mean=0.893, std=1.6), description="density of times"
-    )
     adversary: SprintOpponent = Field(
         default_factory=SprintOpponent, description="the discriminator, which reads the teacher"
     )
@@ -59,14 +58,15 @@ class SanaSprintTrainer(SCMTrainer):
     """SANA-Sprint (Chen et al. 2025), spec M10, after its published code.
 
     Here: times have no weight but the learned one; student and discriminator take turns within a
-    step; the densities' means are 0.2 and -0.6 plus ln 2, since theirs are of data and noise in
-    units of 0.5; data under wrong classes are drawn, not shifted; the tangent is taken in the
+    step; data under wrong classes are drawn, not shifted; the tangent is taken in the
     teacher's own process, with no conversion, and the network is left as it is (its authors first
     tune it for normed queries and keys).
     """
 
     Config = SanaSprintConfig
     config: SanaSprintConfig
+    published: ClassVar = (math.log(2) + 0.2, 1.6)
+    published_level: ClassVar = (math.log(2) - 0.6, 1.0)
     proofs: ClassVar = {
         "both": Proof(
             ("gaussian",),
@@ -84,7 +84,9 @@ class SanaSprintTrainer(SCMTrainer):
         """The student, and heads on the frozen teacher."""
         super().setup()
         c = self.config
-        self.rival = Rival(self, c.adversary, c.discriminator, c.steps)
+        level = c.adversary.t or self.lognormal(*self.published_level)
+        told = c.adversary.model_copy(update={"t": level})
+        self.rival = Rival(self, told, c.discriminator, c.steps)
 
     @property
     def by_samples(self) -> bool:
@@ -108,7 +110,7 @@ class SanaSprintTrainer(SCMTrainer):
     def estimate(self, batch: Batch, rng: Rng) -> Tensor:
         """The student's clean estimates of noised data, or of pure noise [B, ...]."""
         assert batch.x is not None
-        t = self.drawn(self.config.t, rng.uniform("adversarial-t", batch.index))
+        t = self.drawn(self.times, rng.uniform("adversarial-t", batch.index))
         noisiest = rng.uniform("noisiest", batch.index) < self.config.from_noise
         t = torch.where(noisiest, torch.full_like(t, self.top), t)
         x = torch.where(expand(noisiest, batch.x), 0, batch.x)

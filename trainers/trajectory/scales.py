@@ -48,6 +48,13 @@ class ScalesConfig(TrainConfig):
         """Whether the student is told its scale."""
         return self.guidance_range is not None
 
+    def without_effect(self) -> list[str]:
+        """See :meth:`TrainConfig.without_effect`; a scale beside a range that is not told."""
+        untold = self.guidance_range is not None and not self.tells
+        idle = untold and "guidance" in self.model_fields_set
+        own = ["guidance: does nothing with a guidance_range that is not told"] if idle else []
+        return own + super().without_effect()
+
     @property
     def guides_law(self) -> bool:
         """See :attr:`TrainConfig.guides_law`: by what the student is told."""

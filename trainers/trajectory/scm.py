@@ -8,6 +8,7 @@ is no step whose size would matter.
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from typing import ClassVar, Literal
 
 import torch
@@ -40,8 +41,13 @@ PLAIN = {"normal": "none", "adaptive": False}
 class SCMConfig(ScalesConfig):
     """Settings of ``scm``."""
 
-    t: Density = Field(
-        default_factory=lambda: LogitNormal(mean=-1.0, std=1.4), description="density of times"
+    idle: ClassVar = {
+        "difference_step": ("derivative=jvp",),
+        "norm_floor": ("normal=clamp", "normal=none"),
+    }
+
+    t: Density | None = Field(
+        None, description="density of times; null: lognormal noise as published, in sigma_data"
     )
     velocity: Literal["teacher", "data"] = Field(
         "teacher", description="the path: the teacher's flow (sCD), or image to noise (sCT)"
@@ -70,7 +76,7 @@ class SCMConfig(ScalesConfig):
         "is exact, and so are the fast waves that it finds in networks told 1000 t",
     )
     difference_step: float = Field(
-        0.02, gt=0, le=0.5, description="of the difference, as a part of the largest time"
+        0.02, gt=0, le=0.5, description="of the difference, in flow time"
     )
 
 
@@ -86,6 +92,7 @@ class SCMTrainer(Scales):
     needs: Literal["labels", "data", "pairs"] = "data"
     noise: NoiseSource = "fresh"
     sizes: tuple[int, ...] = (1, 2, 4, 8)
+    published: ClassVar = (math.log(2) - 1.0, 1.4)  # of ln tan tau, for pixels of deviation 0.5
     weigh: TimeWeight | None = None
     proofs: ClassVar = {
         "distillation": Proof(("gaussian", "classes"), UNIFORM | {"optim": CALM}, effort=0.8),
@@ -136,6 +143,15 @@ class SCMTrainer(Scales):
         """Whether a sample's target is right on average alone."""
         return self.config.velocity == "data"
 
+    @cached_property
+    def times(self) -> Density:
+        """The density that times are drawn from."""
+        return self.config.t or self.lognormal(*self.published)
+
+    def lognormal(self, mean: float, std: float) -> LogitNormal:
+        """Times at which ln(n / sigma_data) ~ N(mean, std^2), n the noise-to-signal ratio."""
+        return LogitNormal(mean=mean + math.log(self.data), std=std)
+
     def chain(self, t: float) -> Grid:
         """Times from t to 0, so many that the walk is the flow."""
         return followed(t, self.process)
@@ -157,7 +173,7 @@ class SCMTrainer(Scales):
     def states(self, batch: Batch, rng: Rng) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """States x_t at times t [B], and the clean and noise parts x, z of the path's velocity."""
         assert batch.x is not None
-        t, z = self.drawn(self.config.t, rng.uniform("t", batch.index)), self.z(batch, rng)
+        t, z = self.drawn(self.times, rng.uniform("t", batch.index)), self.z(batch, rng)
         x_t = self.process.noise(batch.x, z, t)
         if self.config.velocity == "data":
             return x_t, t, batch.x, z
@@ -185,7 +201,7 @@ class SCMTrainer(Scales):
             k.d_alpha * x + k.d_sigma * z,
             self.field,
             way=c.derivative,
-            step=c.difference_step * self.process.t_max,
+            step=c.difference_step,
         )
         own, real = found.detach(), field(x, z, k, self.data)
         raw = tangent(own, slope, real, x_t, at, self.warmth(rng.step))

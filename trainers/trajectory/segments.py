@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -20,6 +20,8 @@ from stepdistill.trainers.trajectory.pcm import NEAR, PCMConfig, PCMTrainer
 
 class SegmentsConfig(PCMConfig):
     """Settings of methods made of segments."""
+
+    idle: ClassVar = {**PCMConfig.idle, "walk_steps": ("states=data",)}
 
     states: Literal["data", "teacher"] = Field(
         "data", description="noisy states of the data, or of the teacher's walk from pure noise"

@@ -29,7 +29,7 @@ EXACTLY = {"derivative": "jvp", "warmup": 0}
 class TBCMConfig(SCMConfig):
     """Settings of ``tbcm``."""
 
-    t: None = Field(None, description="always null: times are drawn one an interval of the walk")  # type: ignore[assignment]
+    t: None = Field(None, description="always null: times are drawn one an interval of the walk")
     velocity: None = Field(None, description="always null: the path is the teacher's")  # type: ignore[assignment]
     points: int = Field(
         16, ge=1, description="states of a walk that are trained on, neighbours in the batch"

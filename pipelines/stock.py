@@ -53,13 +53,12 @@ def stock_scheduler(
         ValueError: diffusers has no such scheduler; the text says of what.
     """
     config = stock_config(process, head)
-    if config is None:
+    if config is None or not isinstance(process, RF | VP):
         raise ValueError(f"none knows {head.name} of the process {process.name}")
     if noise == "initial":
         raise ValueError("none mixes the noise that the walk began with")
     if isinstance(process, RF):
         return _flow(noise, grids, clip)
-    assert isinstance(process, VP)
     return _variance_preserving(process, config, noise, grids, clip)
 
 

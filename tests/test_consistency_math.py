@@ -290,5 +290,7 @@ def test_a_plug_in_that_gives_no_number_a_sample_is_told(tmp_path, key, base) ->
         encoding="utf-8",
     )
     made = make("consistency", mlp_teacher(), **{key: f"{file}:Wide"})
-    with pytest.raises(UserError, match=rf"{key}: .*Wide gives \[8, 1\] for 8 samples"):
+    with pytest.raises(
+        UserError, match=rf"{key}: .*Wide gives values of shape \[8, 1\] for 8 samples"
+    ):
         made.loss(batch_of(made, 0), Rng(0).at(0))

@@ -369,10 +369,10 @@ def test_an_exported_flow_is_the_teacher_of_the_next_method(name, tmp_path) -> N
         load_teacher(str(second))
 
 
-def test_shifted_flows_keep_their_shift_and_edm_has_no_scheduler_of_diffusers() -> None:
+def test_shifted_flows_keep_their_shift_and_trig_has_no_scheduler_of_diffusers() -> None:
     shifted = stock_config(RF(3.0), HEADS["velocity"])
     assert shifted == {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
-    assert stock_config(EDM(), HEADS["edm-f"]) is None
+    assert stock_config(Trig(), HEADS["trig-f"]) is None
 
 
 def test_a_small_flow_is_distilled_from_its_export(tmp_path) -> None:

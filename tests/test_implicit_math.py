@@ -115,7 +115,9 @@ def test_distances_that_make_no_sense_are_refused_in_one_line() -> None:
         def __call__(self, y: Tensor) -> Tensor:
             return torch.ones(len(y))
 
-    with pytest.raises(UserError, match=r"^distance: batched gives \[\] for .*one number a sample"):
+    with pytest.raises(
+        UserError, match=r"^distance: batched gives values of shape \[\] for .*one number a sample"
+    ):
         Batched().slope(differences())
     with pytest.raises(UserError, match="flat has no gradient"):
         Flat().slope(differences())

@@ -69,6 +69,8 @@ def stock_scheduler(head: str) -> object:
 
     if head == "velocity":
         return diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0)
+    if head == "edm-f":
+        return diffusers.EDMEulerScheduler()
     kinds = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
     return diffusers.DDIMScheduler(
         beta_start=1e-4,

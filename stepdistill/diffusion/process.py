@@ -132,13 +132,19 @@ class RF(Process):
 
 
 class EDM(Process):
-    """Variance exploding: alpha = 1, sigma = t, t in [0.002, 80]."""
+    """Variance exploding: alpha = 1, sigma = t, t in [t_min, t_max]."""
 
     name = "edm"
-    t_min, t_max = 0.002, 80.0
 
-    def __init__(self, sigma_data: float = 0.5, rho: float = 7.0) -> None:
+    def __init__(
+        self,
+        sigma_data: float = 0.5,
+        rho: float = 7.0,
+        t_min: float = 0.002,
+        t_max: float = 80.0,
+    ) -> None:
         self.sigma_data, self.rho = sigma_data, rho
+        self.t_min, self.t_max = t_min, t_max
 
     def coefs(self, t: Tensor) -> Coefs:
         """See :meth:`Process.coefs`."""

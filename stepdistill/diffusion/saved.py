@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from stepdistill.diffusion.heads import Head
-from stepdistill.diffusion.process import RF, VP, Process
+from stepdistill.diffusion.process import EDM, RF, VP, Process
 
 NETWORK_KEYS = ("transformer", "unet", "model")
 HEAD_NAMES = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}  # by diffusers' types
+EDM_HEADS = {"epsilon": "edm-f", "v_prediction": "trig-f"}  # of diffusers' EDM schedulers
 NEAR = 1e-3  # relative: numbers of a scheduler that are one and the same
 
 
@@ -115,11 +116,13 @@ def read_scheduler(folder: Path, class_name: str) -> tuple[Process, str]:
         class_name = config["_class_name"]
     if class_name.startswith("FlowMatch"):
         return RF(float(config.get("shift", 1.0))), "velocity"
+    if class_name.startswith("EDM"):
+        return _read_edm(folder, config)
     scheduler_class = getattr(diffusers, class_name, None)
     if scheduler_class is None or config.get("prediction_type", "epsilon") not in HEAD_NAMES:
         raise ValueError(
-            f"{folder}: cannot read a process from {class_name}; known are FlowMatch schedulers "
-            f"and those with alphas_cumprod and prediction_type {', '.join(HEAD_NAMES)}"
+            f"{folder}: cannot read a process from {class_name}; known are FlowMatch and EDM "
+            f"schedulers, and those with alphas_cumprod and prediction_type {', '.join(HEAD_NAMES)}"
         )
     table = getattr(scheduler_class.from_config(config), "alphas_cumprod", None)
     if table is None:
@@ -127,11 +130,38 @@ def read_scheduler(folder: Path, class_name: str) -> tuple[Process, str]:
     return VP(table), HEAD_NAMES[config.get("prediction_type", "epsilon")]
 
 
+def _read_edm(folder: Path, config: dict[str, Any]) -> tuple[Process, str]:
+    """Process and head of an EDM scheduler's config.
+
+    Raises:
+        ValueError: a spacing of noise levels that is not EDM's own, or another output.
+    """
+    kind, spacing = config.get("prediction_type", "epsilon"), config.get("sigma_schedule", "karras")
+    if kind not in EDM_HEADS or spacing != "karras":
+        raise ValueError(
+            f"{folder}: sigma_schedule={spacing}, prediction_type={kind}; of EDM schedulers, those "
+            f"with sigma_schedule=karras and prediction_type {' or '.join(EDM_HEADS)} are known"
+        )
+    numbers = {"sigma_data": 0.5, "rho": 7.0, "sigma_min": 0.002, "sigma_max": 80.0}
+    sigma_data, rho, low, high = (float(config.get(key, own)) for key, own in numbers.items())
+    return EDM(sigma_data, rho, low, high), EDM_HEADS[kind]
+
+
 def stock_config(process: Process, head: Head) -> dict[str, Any] | None:
     """The config of a stock scheduler, from which :func:`read_scheduler` reads process and head.
 
-    None where diffusers has none: for EDM and TrigFlow, and for velocities of other processes.
+    None where diffusers has none: for TrigFlow, and for velocities of other processes.
     """
+    edm = {head: kind for kind, head in EDM_HEADS.items()}
+    if isinstance(process, EDM) and head.name in edm:
+        return {
+            "_class_name": "EDMEulerScheduler",
+            "sigma_min": process.t_min,
+            "sigma_max": process.t_max,
+            "sigma_data": process.sigma_data,
+            "rho": process.rho,
+            "prediction_type": edm[head.name],
+        }
     kinds = {head: kind for kind, head in HEAD_NAMES.items()}
     if isinstance(process, RF) and head.name == "velocity":
         return {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": process.shift}
@@ -179,7 +209,7 @@ def _told(process: Process, u: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """What a network is told and fed at even times between the ends of a process."""
     t = process.t_min + u * (process.t_max - process.t_min)
     c = process.coefs(t)
-    return c.alpha, c.sigma, process.network_time(t)
+    return c.alpha, c.sigma, process.network_time(t), process.scale_input(torch.ones_like(t), t)
 
 
 def time_told(process: Process, number: float) -> torch.Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from stepdistill.diffusion.process import expand
 from stepdistill.losses.regression import huber_constant, sum_square
 from stepdistill.run.errors import UserError
-from stepdistill.run.plug import Plug
+from stepdistill.run.plug import Plug, a_sample
 
 SHORTEST = 1e-6  # norms below it weigh as it does, where a power of them would grow beyond bound
 
@@ -35,12 +35,7 @@ class Distance(Plug):
         """
         with torch.enable_grad():
             leaf = y if y.requires_grad else y.detach().requires_grad_()
-            height = self(leaf)
-            if height.shape != y.shape[:1]:
-                raise UserError(
-                    f"distance: {self.kind} gives {list(height.shape)} for differences "
-                    f"{list(y.shape)}; return one number a sample"
-                )
+            height = a_sample(self, "distance", self(leaf), len(y))
             if not height.requires_grad:
                 raise UserError(f"distance: {self.kind} has no gradient in its difference")
             (found,) = torch.autograd.grad(height.sum(), leaf, create_graph=y.requires_grad)

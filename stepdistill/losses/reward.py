@@ -11,7 +11,7 @@ from abc import abstractmethod
 from torch import Tensor
 
 from stepdistill.run.errors import UserError
-from stepdistill.run.plug import Plug
+from stepdistill.run.plug import Plug, a_sample
 
 
 class Reward(Plug):
@@ -34,15 +34,10 @@ def rewards(reward: Reward, x: Tensor, label: Tensor | None, *, slope: bool = Fa
     Raises:
         UserError: another number of values than samples, or no gradient where one is needed.
     """
-    value = reward(x, label)
-    if value.shape != x.shape[:1]:
-        raise UserError(
-            f"reward {reward.kind}: gives values of shape {list(value.shape)} for {len(x)} "
-            "samples; give one number a sample"
-        )
+    value = a_sample(reward, "reward", reward(x, label), len(x))
     if slope and not value.requires_grad:
         raise UserError(
-            f"reward {reward.kind}: has no gradient in the image, which is needed here; compute it "
+            f"reward: {reward.kind} has no gradient in the image, which is needed here; compute it "
             "without torch.no_grad and detach"
         )
     return value.float()

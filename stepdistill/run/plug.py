@@ -27,7 +27,10 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, PydanticCustomError
 
-from stepdistill.run.errors import hint
+from stepdistill.run.errors import UserError, hint
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Plug(BaseModel):
@@ -159,6 +162,20 @@ def _module(place: str) -> Any:
     except Exception as error:
         text = f"{place}: cannot be imported: {type(error).__name__}: {error}"
         raise PydanticCustomError("plug", _plain(text)) from error
+
+
+def a_sample(plug: Plug, key: str, found: Tensor, count: int) -> Tensor:
+    """What the plug-in of a key gives for so many samples, one number for each [B].
+
+    Raises:
+        UserError: another shape.
+    """
+    if found.shape != (count,):
+        raise UserError(
+            f"{key}: {plug.kind} gives values of shape {list(found.shape)} for {count} samples; "
+            "give one number a sample"
+        )
+    return found
 
 
 def _file(path: Path) -> Any:

@@ -1,4 +1,4 @@
-"""Train a teacher from scratch: 1-rectified flow, or epsilon / v / x0 with a VP schedule."""
+"""Train a teacher from scratch: 1-rectified flow, VP with any output, or EDM."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stepdistill.adapters import ADAPTERS, adapter_for
 from stepdistill.data.batch import Batch
 from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser
-from stepdistill.diffusion.process import RF, VP, Process
+from stepdistill.diffusion.process import EDM, RF, VP, Process
 from stepdistill.diffusion.timesteps import Density, LogitNormal
 from stepdistill.run.errors import UserError
 from stepdistill.run.rng import Rng, seeded
@@ -40,8 +40,10 @@ class DenoisingConfig(TrainConfig):
     method: str = Field("denoising", description="denoising")
     teacher: str = Field("", description="unused: the network starts from scratch")
     network: NetworkConfig = Field(description="what is trained")
-    head: Literal["velocity", "eps", "v", "x0"] = Field(
-        "velocity", description="what it predicts; velocity is rectified flow, the rest are VP"
+    head: Literal["velocity", "eps", "v", "x0", "edm-f"] = Field(
+        "velocity",
+        description="what it predicts; velocity is rectified flow, edm-f is EDM's raw output, the "
+        "rest are VP",
     )
     start: float | None = Field(
         1.0, gt=0, le=1, description="where its grid begins, as progress towards pure noise"
@@ -51,7 +53,11 @@ class DenoisingConfig(TrainConfig):
 
 
 class DenoisingTrainer(Trainer):
-    """Mean squared error of the raw output (flow matching; DDPM), spec 4's 1-RF."""
+    """Mean squared error of the raw output (flow matching; DDPM; EDM), spec 4's 1-RF.
+
+    EDM's weight of noise levels is the raw output's own; its density is ``t: {kind: logit_normal,
+    mean: -1.2, std: 1.2}``.
+    """
 
     Config = DenoisingConfig
     config: DenoisingConfig
@@ -188,9 +194,11 @@ def known_classes(net: nn.Module, classes: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def schedule(head: str) -> Process:
-    """Rectified flow for velocities, DDPM's linear schedule of 1,000 levels for the rest."""
+    """Rectified flow, EDM, or for the other heads DDPM's linear schedule of 1,000 levels."""
     if head == "velocity":
         return RF()
+    if head == "edm-f":
+        return EDM()
     betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
     return VP(torch.cumprod(1 - betas, dim=0))
 

@@ -18,7 +18,7 @@ from stepdistill.diffusion.process import expand
 from stepdistill.diffusion.sampler import full
 from stepdistill.losses.distance import L2, Distance
 from stepdistill.run.errors import UserError
-from stepdistill.run.plug import Plugged
+from stepdistill.run.plug import Plugged, a_sample
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Loss, Pass
 from stepdistill.trainers.fixed_point import Proof
@@ -131,7 +131,8 @@ class DMDTrainer(Matching, GridTrainer):
         top = full(batch.z, self.top)
         x_t = expand(self.process.coefs(top).sigma, batch.z) * batch.z
         x = self.shown(self.denoiser("student")(x_t, top, batch.cond).x)
-        distance = regression.metric(x - batch.x).mean()
+        each = regression.metric(x - batch.x)
+        distance = a_sample(regression.metric, "regression.metric", each, len(x)).mean()
         value = matched.value + regression.weight * distance
         return Loss(value, matched.logs | {"regression": distance})
 

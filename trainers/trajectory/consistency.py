@@ -23,7 +23,7 @@ from stepdistill.diffusion.timesteps import Grid
 from stepdistill.losses.consistency import InverseGap, PairWeight
 from stepdistill.losses.distance import Distance, PseudoHuber
 from stepdistill.run.errors import UserError
-from stepdistill.run.plug import Plug, Plugged
+from stepdistill.run.plug import Plugged, a_sample
 from stepdistill.run.ratios import sample_parts
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Loss, Pass, Turn
@@ -100,6 +100,13 @@ class ConsistencyTrainer(Scales):
             {"pairs": {"kind": "ect", "stages": 2, "t": {"kind": "uniform"}}, "metric": "l2"},
             effort=2.0,
         ),
+        "images alone": Proof(
+            ("gaussian",),
+            {"pairs": {"kind": "doubling", "first": 4, "last": 16}, "solver": "data"}
+            | {"scratch": True, "metric": "l2"},
+            effort=2.0,
+            batch=4,
+        ),
     }
 
     def setup(self) -> None:
@@ -153,7 +160,10 @@ class ConsistencyTrainer(Scales):
         """
         solver = self.config.solver
         return FixedPoint(
-            "map", follow=self.chain, solver=solver if isinstance(solver, Walk) else "euler"
+            "map",
+            follow=self.chain,
+            solver=solver if isinstance(solver, Walk) else "euler",
+            sampled=not isinstance(solver, Walk),
         )
 
     def chain(self, t: float) -> Grid:
@@ -218,11 +228,13 @@ class ConsistencyTrainer(Scales):
 
     def worth(self, t: Tensor, r: Tensor) -> Tensor:
         """The weight of each pair (t, r) [B]."""
-        return a_sample(self.config.weight, "weight", self.config.weight(t, r, self.process), t)
+        return a_sample(
+            self.config.weight, "weight", self.config.weight(t, r, self.process), len(t)
+        )
 
     def apart(self, delta: Tensor) -> Tensor:
         """The distance [B] that a difference of two estimates [B, C, *S] stands for."""
-        return a_sample(self.config.metric, "metric", self.config.metric(delta), delta)
+        return a_sample(self.config.metric, "metric", self.config.metric(delta), len(delta))
 
     def beside(
         self, estimate: Tensor, target: Tensor, end: Tensor, batch: Batch, rng: Rng
@@ -288,20 +300,6 @@ class ConsistencyTrainer(Scales):
         step = Pass("teacher", "forward", calls, 2 if self.config.guided else 1)
         own = [Pass("student", "forward"), Pass("student", "train")]
         return [step, *own] if calls else own
-
-
-def a_sample(plug: Plug, key: str, found: Tensor, like: Tensor) -> Tensor:
-    """What a plug-in gives, one number a sample [B].
-
-    Raises:
-        UserError: another shape.
-    """
-    if found.shape != like.shape[:1]:
-        raise UserError(
-            f"{key}: {plug.kind} gives {list(found.shape)} for {len(like)} samples; return one "
-            "number a sample"
-        )
-    return found
 
 
 TRAINER = ConsistencyTrainer

@@ -30,6 +30,7 @@ from stepdistill.trainers.fixed_point import STEADY, Proof
 from stepdistill.trainers.trajectory.jumps import CORNERS, Draw, JumpConfig, JumpTrainer
 from stepdistill.trainers.trajectory.time_weight import TimeWeight
 
+IMAGES = {"velocity": "data", "diagonal": 0.75}
 SHORT = 1e-3  # ways below it are as even in flow time as in the process's own
 
 
@@ -72,6 +73,9 @@ class FlowMapTrainer(JumpTrainer):
             ("lsd, semi", ("gmm1d",), 0.8, {"form": "lsd", "gradient": "semi"}),
             ("esd, semi", ("gaussian",), 0.5, {"form": "esd", "gradient": "semi"}),
             ("psd_m", ("gmm1d",), 0.8, {"form": "psd_m"}),
+            ("psd_u", ("gaussian",), 0.8, {"form": "psd_u"}),
+            ("esd", ("gaussian",), 0.8, {"form": "esd"}),
+            ("images alone", ("gaussian",), 1.25, {"form": "lsd", "gradient": "semi"} | IMAGES),
         )
     }
 

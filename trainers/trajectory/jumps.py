@@ -151,7 +151,8 @@ class JumpTrainer(Trainer):
     @property
     def fixed_point(self) -> FixedPoint:
         """The flow's own end of every step, without a solver's bias."""
-        return FixedPoint("map", follow=self.chain, solver="heun", ends=True)
+        sampled = self.config.velocity == "data"
+        return FixedPoint("map", follow=self.chain, solver="heun", ends=True, sampled=sampled)
 
     def chain(self, t: float) -> Grid:
         """Times from t to 0, so many that the walk is the flow."""

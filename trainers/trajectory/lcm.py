@@ -69,6 +69,11 @@ class LCMTrainer(ConsistencyTrainer):
             | {"target": "stop_gradient"},
             effort=2.0,
         ),
+        "one scale": Proof(
+            ("gmm1d",),
+            {"pairs": {"kind": "grid", "steps": 8}, "metric": "l2", "guidance": 1.0}
+            | {"embedding": False, "guidance_range": None},
+        ),
     }
 
     def setup(self) -> None:

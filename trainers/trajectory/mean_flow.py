@@ -75,6 +75,12 @@ class MeanFlowTrainer(JumpTrainer):
             batch=4,
         )
         for name, teacher, effort in (("gains", "gaussian", 0.5), ("teacher", "gmm1d", 0.8))
+    } | {
+        "images alone": Proof(
+            ("gaussian",),
+            {"velocity": "data", "power": 0.0, "optim": STEADY},
+            batch=4,
+        ),
     }
 
     def setup(self) -> None:

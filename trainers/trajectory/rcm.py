@@ -28,7 +28,7 @@ from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Loss, Pass, Turn
 from stepdistill.trainers.fixed_point import Proof
 from stepdistill.trainers.score.engine import CriticOptim
-from stepdistill.trainers.trajectory.scm import CALM, UNIFORM, SCMConfig, SCMTrainer
+from stepdistill.trainers.trajectory.scm import CALM, PLAIN, UNIFORM, SCMConfig, SCMTrainer
 
 PUBLISHED = 0.01, 2.1e6  # weight of the pull, and the number of entries it was tuned for
 LEAST = 1e-5  # of the pull's normaliser
@@ -78,6 +78,11 @@ class RCMTrainer(SCMTrainer):
     proofs: ClassVar = {
         "both": Proof(
             ("gaussian",), UNIFORM | {"critic_steps": 1, "optim": CALM, "regularizer": 0.3}
+        ),
+        "both, plain tangent": Proof(
+            ("gmm1d",),
+            UNIFORM | PLAIN | {"critic_steps": 1, "optim": CALM, "regularizer": 0.03},
+            effort=0.8,
         ),
     }
 

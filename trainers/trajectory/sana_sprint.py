@@ -23,7 +23,7 @@ from stepdistill.trainers.base import Loss, Pass, Turn
 from stepdistill.trainers.fixed_point import Proof
 from stepdistill.trainers.score.opponent import ON_STATES, DiscriminatorOptim, TeacherConfig
 from stepdistill.trainers.trajectory.rival import PLAYER, Rival
-from stepdistill.trainers.trajectory.scm import CALM, UNIFORM, SCMConfig, SCMTrainer
+from stepdistill.trainers.trajectory.scm import CALM, PLAIN, UNIFORM, SCMConfig, SCMTrainer
 
 
 class SprintOpponent(TeacherConfig):
@@ -77,6 +77,11 @@ class SanaSprintTrainer(SCMTrainer):
             },
             effort=0.5,
             batch=4,
+        ),
+        "both, plain tangent": Proof(
+            ("gmm1d",),
+            UNIFORM | PLAIN | {"optim": CALM, "adversary": ON_STATES},
+            effort=0.8,
         ),
     }
 

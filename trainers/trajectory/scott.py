@@ -85,6 +85,11 @@ class ScottTrainer(Opposed):
             | {"solver": {"kind": "sde", "eta": 1.0}},
             batch=4,
         ),
+        "none of it": Proof(
+            ("gmm1d",),
+            {"pairs": {"kind": "grid", "steps": 8}, "metric": "l2", "adversary": None}
+            | {"start": 1.0, "solver": {"kind": "sde", "eta": 0.0}},
+        ),
     }
 
     @cached_property

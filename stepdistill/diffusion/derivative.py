@@ -5,14 +5,16 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser, Prediction
+from stepdistill.diffusion.dual import Duals
 from stepdistill.diffusion.process import Process, expand
 
 # What torch's own rules of forward mode are written in.
@@ -175,14 +177,16 @@ def slope(
         told = cond.ending(here["end"]) if "end" in here else cond
         return view(den(here.get("x_t", x_t.float()), here.get("t", t.float()), told))
 
-    starts, ways = zip(*moved.values(), strict=True)
     with (
         _bare(den),
         torch.autocast(x_t.device.type, enabled=False),
         sdpa_kernel(SDPBackend.MATH),
+        forward_ad.dual_level(),
+        Duals(),
     ):
-        both: Any = torch.func.jvp(at, starts, ways)
-    return both[0], both[1]
+        made = at(*(forward_ad.make_dual(*pair) for pair in moved.values()))
+        value, tangent = forward_ad.unpack_dual(made)
+    return value, torch.zeros_like(value) if tangent is None else tangent
 
 
 @contextmanager

@@ -33,6 +33,7 @@ from stepdistill.trainers.solvers import Asked, Data, Euler, Solved, Solver, Wal
 from stepdistill.trainers.trajectory.pairs import Ect, Pairs, Span
 from stepdistill.trainers.trajectory.scales import ScaleRange, Scales, ScalesConfig
 
+EVEN = {"t": {"kind": "uniform"}}
 LEAST = 1e-3  # share of the image below which a state is pure noise
 
 
@@ -97,13 +98,14 @@ class ConsistencyTrainer(Scales):
         ),
         "ect": Proof(
             ("gaussian",),
-            {"pairs": {"kind": "ect", "stages": 2, "t": {"kind": "uniform"}}, "metric": "l2"},
+            {"pairs": {"kind": "ect", "stages": 2, **EVEN}, "solver": "data"} | {"metric": "l2"},
             effort=2.0,
+            batch=4,
         ),
         "images alone": Proof(
             ("gaussian",),
-            {"pairs": {"kind": "doubling", "first": 4, "last": 16}, "solver": "data"}
-            | {"scratch": True, "metric": "l2"},
+            {"pairs": {"kind": "doubling", "first": 4, "last": 8, **EVEN}, "solver": "data"}
+            | {"metric": "l2"},
             effort=2.0,
             batch=4,
         ),

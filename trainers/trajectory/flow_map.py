@@ -74,8 +74,7 @@ class FlowMapTrainer(JumpTrainer):
             ("esd, semi", ("gaussian",), 0.5, {"form": "esd", "gradient": "semi"}),
             ("psd_m", ("gmm1d",), 0.8, {"form": "psd_m"}),
             ("psd_u", ("gaussian",), 0.8, {"form": "psd_u"}),
-            ("esd", ("gaussian",), 0.8, {"form": "esd"}),
-            ("images alone", ("gaussian",), 1.25, {"form": "lsd", "gradient": "semi"} | IMAGES),
+            ("images alone", ("gaussian",), 0.6, {"form": "lsd", "gradient": "semi"} | IMAGES),
         )
     }
 

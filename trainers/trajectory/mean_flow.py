@@ -78,8 +78,9 @@ class MeanFlowTrainer(JumpTrainer):
     } | {
         "images alone": Proof(
             ("gaussian",),
-            {"velocity": "data", "power": 0.0, "optim": STEADY},
-            batch=4,
+            {"velocity": "data", "power": 0.0, "optim": STEADY, "t": CORNERS, "diagonal": 0.5},
+            effort=1.5,
+            batch=8,
         ),
     }
 

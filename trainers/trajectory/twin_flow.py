@@ -74,11 +74,6 @@ class TwinFlowTrainer(JumpTrainer):
             effort=0.75,
             batch=4,
         ),
-        "mixture": Proof(
-            ("gmm1d",),
-            {"optim": STEADY | {"lr": 3e-3}, "c": 0.1, "short": 0.005},
-            batch=4,
-        ),
         "images alone": Proof(
             ("gaussian",),
             {"optim": STEADY | {"lr": 3e-3}, "c": 0.1, "short": 0.005, "velocity": "data"},

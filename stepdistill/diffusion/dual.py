@@ -1,0 +1,215 @@
+"""Forward-mode rules of what networks are made of, for calls with dual numbers.
+
+torch's own rules give what has no tangent, such as a network's weights, a tangent of zeros, and
+reckon with its shape in Python, which costs more than the arithmetic of small layers and, on a GPU,
+keeps it waiting. The rules here leave such tangents out; what they do not know is torch's business.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.forward_ad import make_dual, unpack_dual
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+Rule = Callable[..., Any]
+
+
+class Duals(TorchFunctionMode):
+    """A context in which torch's functions take dual numbers by the rules here.
+
+    It is entered within :func:`torch.autograd.forward_ad.dual_level`. Results may have a graph, of
+    value and tangent.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """A call of ``func``, by its rule where it has one that fits."""
+        rule = RULES.get(func)
+        found = NotImplemented if rule is None else rule(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {})) if found is NotImplemented else found
+
+
+def _parts(x: Any) -> tuple[Any, Tensor | None]:
+    """The value and the tangent, if it has one."""
+    if not isinstance(x, Tensor):
+        return x, None
+    both = unpack_dual(x)
+    return both.primal, both.tangent
+
+
+def _moves(*fixed: Any) -> bool:
+    """Whether any of these has a tangent."""
+    return any(_parts(x)[1] is not None for x in fixed)
+
+
+def _mapped(func: Callable[..., Tensor]) -> Rule:
+    """The rule of a map that is linear in its first argument but for a bias, its third."""
+
+    def rule(x: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **keys: Any) -> Any:
+        value, tangent = _parts(x)
+        if tangent is None or _moves(weight, bias):
+            return NotImplemented
+        moved = func(tangent, weight, None, *args, **keys)
+        return make_dual(func(value, weight, bias, *args, **keys), moved)
+
+    return rule
+
+
+def _layer_norm(
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Any:
+    value, tangent = _parts(x)
+    if tangent is None or _moves(weight, bias):
+        return NotImplemented
+    count = len(normalized_shape)
+    y, moved = _normed(value.flatten(-count), tangent.flatten(-count), eps)
+    return _scaled(y.view_as(value), moved.view_as(value), weight, bias)
+
+
+def _group_norm(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Any:
+    value, tangent = _parts(x)
+    if tangent is None or _moves(weight, bias):
+        return NotImplemented
+    groups = (len(value), num_groups, -1)
+    y, moved = _normed(value.reshape(groups), tangent.reshape(groups), eps)
+    wide = (-1, *(1,) * (value.dim() - 2))
+    own = (None if part is None else part.view(wide) for part in (weight, bias))
+    return _scaled(y.view(value.shape), moved.view(value.shape), *own)
+
+
+def _normed(value: Tensor, tangent: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Values of mean 0 and deviation 1 along the last dimension, and their tangents."""
+    centred = value - value.mean(-1, keepdim=True)
+    scale = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+    y = centred * scale
+    along = (y * tangent).mean(-1, keepdim=True)
+    return y, scale * (tangent - tangent.mean(-1, keepdim=True) - y * along)
+
+
+def _scaled(y: Tensor, moved: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    if weight is not None:
+        y, moved = y * weight, moved * weight
+    made: Tensor = make_dual(y if bias is None else y + bias, moved)
+    return made
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    **keys: Any,
+) -> Any:
+    (q, q_t), (k, k_t), (v, v_t) = map(_parts, (query, key, value))
+    if not _moves(query, key, value) or _moves(attn_mask) or dropout_p or any(keys.values()):
+        return NotImplemented
+    by = q.shape[-1] ** -0.5 if scale is None else scale
+    q = q * by
+    scores = q @ k.mT
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attn_mask, -math.inf)
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+    shares, moved = torch.softmax(scores, dim=-1), torch.zeros_like(q[..., :1])
+    if q_t is not None:
+        moved = moved + (q_t * by) @ k.mT
+    if k_t is not None:
+        moved = moved + q @ k_t.mT
+    moved = shares * moved
+    out = (moved - shares * moved.sum(-1, keepdim=True)) @ v
+    return make_dual(shares @ v, out if v_t is None else out + shares @ v_t)
+
+
+def _shifted(sign_x: int, sign_y: int, func: Callable[[Any, Any], Tensor]) -> Rule:
+    """The rule of a sum of a dual number and one without tangent, by the signs of both."""
+
+    def rule(x: Any, y: Any, **keys: Any) -> Any:
+        (one, one_t), (other, other_t) = _parts(x), _parts(y)
+        if keys or (one_t is None) == (other_t is None):
+            return NotImplemented
+        made = func(one, other)
+        tangent, sign = (one_t, sign_x) if one_t is not None else (other_t, sign_y)
+        assert tangent is not None
+        return make_dual(made, (tangent if sign > 0 else -tangent).expand(made.shape).to(made))
+
+    return rule
+
+
+def _times(func: Callable[[Any, Any], Tensor]) -> Rule:
+    """The rule of a product of a dual number and one without tangent."""
+
+    def rule(x: Any, y: Any) -> Any:
+        (one, one_t), (other, other_t) = _parts(x), _parts(y)
+        if (one_t is None) == (other_t is None):
+            return NotImplemented
+        moved = func(one_t, other) if one_t is not None else func(one, other_t)
+        return make_dual(func(one, other), moved)
+
+    return rule
+
+
+def _over(x: Any, y: Any, **keys: Any) -> Any:
+    (one, one_t), (other, other_t) = _parts(x), _parts(y)
+    if keys or one_t is None or other_t is not None:
+        return NotImplemented
+    return make_dual(one / other, one_t / other)
+
+
+def _minus(x: Any, y: Any) -> Tensor:
+    found: Tensor = x - y
+    return found
+
+
+def _plus(x: Any, y: Any) -> Tensor:
+    found: Tensor = x + y
+    return found
+
+
+def _product(x: Any, y: Any) -> Tensor:
+    found: Tensor = x * y
+    return found
+
+
+_SUM, _PRODUCT = _shifted(1, 1, _plus), _times(_product)
+_DIFFERENCE = _shifted(1, -1, _minus)
+RULES: dict[Callable[..., Any], Rule] = {
+    functional.linear: _mapped(functional.linear),
+    functional.conv1d: _mapped(functional.conv1d),
+    functional.conv2d: _mapped(functional.conv2d),
+    functional.conv3d: _mapped(functional.conv3d),
+    functional.layer_norm: _layer_norm,
+    functional.group_norm: _group_norm,
+    functional.scaled_dot_product_attention: _attention,
+    **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__), _SUM),
+    **dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__), _PRODUCT),
+    **dict.fromkeys((torch.sub, Tensor.sub, Tensor.__sub__), _DIFFERENCE),
+    Tensor.__rsub__: lambda x, y: _DIFFERENCE(y, x),
+    **dict.fromkeys((torch.div, Tensor.div, Tensor.__truediv__), _over),
+}
+"""Rules by torch's functions; one gives NotImplemented where it does not fit."""

@@ -75,13 +75,6 @@ class MeanFlowTrainer(JumpTrainer):
             batch=4,
         )
         for name, teacher, effort in (("gains", "gaussian", 0.5), ("teacher", "gmm1d", 0.8))
-    } | {
-        "images alone": Proof(
-            ("gaussian",),
-            {"velocity": "data", "power": 0.0, "optim": STEADY, "t": CORNERS, "diagonal": 0.5},
-            effort=1.5,
-            batch=8,
-        ),
     }
 
     def setup(self) -> None:

@@ -73,7 +73,6 @@ class FlowMapTrainer(JumpTrainer):
             ("lsd, semi", ("gmm1d",), 0.8, {"form": "lsd", "gradient": "semi"}),
             ("esd, semi", ("gaussian",), 0.5, {"form": "esd", "gradient": "semi"}),
             ("psd_m", ("gmm1d",), 0.8, {"form": "psd_m"}),
-            ("psd_u", ("gaussian",), 0.8, {"form": "psd_u"}),
             ("images alone", ("gaussian",), 0.6, {"form": "lsd", "gradient": "semi"} | IMAGES),
         )
     }

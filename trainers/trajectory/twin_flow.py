@@ -74,11 +74,6 @@ class TwinFlowTrainer(JumpTrainer):
             effort=0.75,
             batch=4,
         ),
-        "images alone": Proof(
-            ("gaussian",),
-            {"optim": STEADY | {"lr": 3e-3}, "c": 0.1, "short": 0.005, "velocity": "data"},
-            batch=4,
-        ),
     }
 
     def setup(self) -> None:

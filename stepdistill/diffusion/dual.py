@@ -8,6 +8,7 @@ keeps it waiting. The rules here leave such tangents out; what they do not know 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -146,58 +147,35 @@ def _attention(
     return make_dual(shares @ v, out if v_t is None else out + shares @ v_t)
 
 
-def _shifted(sign_x: int, sign_y: int, func: Callable[[Any, Any], Tensor]) -> Rule:
-    """The rule of a sum of a dual number and one without tangent, by the signs of both."""
+def _sum(func: Rule, sign: int) -> Rule:
+    """The rule of x + y or, with -1 for the sign of y, x - y, where one alone has a tangent."""
 
     def rule(x: Any, y: Any, **keys: Any) -> Any:
         (one, one_t), (other, other_t) = _parts(x), _parts(y)
         if keys or (one_t is None) == (other_t is None):
             return NotImplemented
         made = func(one, other)
-        tangent, sign = (one_t, sign_x) if one_t is not None else (other_t, sign_y)
-        assert tangent is not None
-        return make_dual(made, (tangent if sign > 0 else -tangent).expand(made.shape).to(made))
+        tangent = one_t if other_t is None else sign * other_t
+        return make_dual(made, tangent.expand(made.shape).to(made))
 
     return rule
 
 
-def _times(func: Callable[[Any, Any], Tensor]) -> Rule:
-    """The rule of a product of a dual number and one without tangent."""
-
-    def rule(x: Any, y: Any) -> Any:
-        (one, one_t), (other, other_t) = _parts(x), _parts(y)
-        if (one_t is None) == (other_t is None):
-            return NotImplemented
-        moved = func(one_t, other) if one_t is not None else func(one, other_t)
-        return make_dual(func(one, other), moved)
-
-    return rule
+def _product(x: Any, y: Any) -> Any:
+    (one, one_t), (other, other_t) = _parts(x), _parts(y)
+    if (one_t is None) == (other_t is None):
+        return NotImplemented
+    return make_dual(one * other, one * other_t if one_t is None else one_t * other)
 
 
-def _over(x: Any, y: Any, **keys: Any) -> Any:
+def _quotient(x: Any, y: Any, **keys: Any) -> Any:
     (one, one_t), (other, other_t) = _parts(x), _parts(y)
     if keys or one_t is None or other_t is not None:
         return NotImplemented
     return make_dual(one / other, one_t / other)
 
 
-def _minus(x: Any, y: Any) -> Tensor:
-    found: Tensor = x - y
-    return found
-
-
-def _plus(x: Any, y: Any) -> Tensor:
-    found: Tensor = x + y
-    return found
-
-
-def _product(x: Any, y: Any) -> Tensor:
-    found: Tensor = x * y
-    return found
-
-
-_SUM, _PRODUCT = _shifted(1, 1, _plus), _times(_product)
-_DIFFERENCE = _shifted(1, -1, _minus)
+_PLUS, _MINUS = _sum(operator.add, 1), _sum(operator.sub, -1)
 RULES: dict[Callable[..., Any], Rule] = {
     functional.linear: _mapped(functional.linear),
     functional.conv1d: _mapped(functional.conv1d),
@@ -206,10 +184,10 @@ RULES: dict[Callable[..., Any], Rule] = {
     functional.layer_norm: _layer_norm,
     functional.group_norm: _group_norm,
     functional.scaled_dot_product_attention: _attention,
-    **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__), _SUM),
-    **dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__), _PRODUCT),
-    **dict.fromkeys((torch.sub, Tensor.sub, Tensor.__sub__), _DIFFERENCE),
-    Tensor.__rsub__: lambda x, y: _DIFFERENCE(y, x),
-    **dict.fromkeys((torch.div, Tensor.div, Tensor.__truediv__), _over),
+    **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__), _PLUS),
+    **dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__), _product),
+    **dict.fromkeys((torch.sub, Tensor.sub, Tensor.__sub__), _MINUS),
+    Tensor.__rsub__: lambda x, y: _MINUS(y, x),
+    **dict.fromkeys((torch.div, Tensor.div, Tensor.__truediv__), _quotient),
 }
 """Rules by torch's functions; one gives NotImplemented where it does not fit."""

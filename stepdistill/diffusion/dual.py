@@ -155,7 +155,7 @@ def _sum(func: Rule, sign: int) -> Rule:
         if keys or (one_t is None) == (other_t is None):
             return NotImplemented
         made = func(one, other)
-        tangent = one_t if other_t is None else sign * other_t
+        tangent: Any = one_t if other_t is None else sign * other_t
         return make_dual(made, tangent.expand(made.shape).to(made))
 
     return rule

@@ -132,7 +132,9 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "reflow": {"huber": {}},
     "rcm": {
-        "guided": {"guidance": 1.5, "critic_steps": 2, "own_steps": 2, "regularizer": 0.5} | EXACT,
+        "guided": {"guidance": 1.5, "critic_steps": 2, "own_steps": 2, "regularizer": 0.5}
+        | {"alone": 0}
+        | EXACT,
     },
     "sana_sprint": {"teacher": {"guidance": 1.5, "guidance_range": (1.0, 3.0)} | EXACT},
     "scm": {

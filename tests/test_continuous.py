@@ -313,6 +313,12 @@ def test_rcm_pulls_a_student_of_another_spread_towards_the_teacher_s(std, monkey
     assert moved > 0 if std < 1 else moved < 0
 
 
+def test_rcm_s_first_stage_is_its_warm_up_unless_told() -> None:
+    assert make("rcm", mlp_teacher(), steps=100).alone == 10
+    assert make("rcm", mlp_teacher(), steps=100, alone=0, warmup=20).alone == 0
+    assert make("rcm", mlp_teacher(), steps=100).in_full() == 10
+
+
 def test_rcm_learns_alone_at_first_and_is_scm_then() -> None:
     """Without its pull the student's weights are sCM's, bit for bit."""
     keys = {"adaptive": False, "steps": 6, "t": {"kind": "uniform"}}

@@ -68,7 +68,6 @@ def along(
     Returns:
         The view and its derivative, each [B, ...].
     """
-
     x_t, velocity = x_t.float(), velocity.float()
     t = t.float().clamp_min(den.process.t_min)
     if way == "jvp":
@@ -118,10 +117,8 @@ def rate(
 
 
 def _back(process: Process, t: Tensor, cond: Cond, step: float) -> tuple[Tensor, Tensor]:
-    """Times [B] a step before t, no earlier than where steps of ``cond`` end; its lengths [B].
-
-    Both in the process's time, but for the lengths, which are in flow time.
-    """
+    """Times [B] a step before t, no earlier than where steps of ``cond`` end; and how long these
+    steps are in flow time [B]."""
     flow = process.flow_time(t)
     first = torch.full_like(t, process.t_min) if cond.end is None else cond.end.float()
     room = flow - process.flow_time(first.clamp_min(process.t_min))

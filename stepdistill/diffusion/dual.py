@@ -74,12 +74,7 @@ def _layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Any:
-    value, tangent = _parts(x)
-    if tangent is None or _moves(weight, bias):
-        return NotImplemented
-    count = len(normalized_shape)
-    y, moved = _normed(value.flatten(-count), tangent.flatten(-count), eps)
-    return _scaled(y.view_as(value), moved.view_as(value), weight, bias)
+    return _normed(x, (*x.shape[: -len(normalized_shape)], -1), weight, bias, eps)
 
 
 def _group_norm(
@@ -89,30 +84,28 @@ def _group_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Any:
+    wide = (-1, *(1,) * (x.dim() - 2))
+    scale, shift = (None if part is None else part.view(wide) for part in (weight, bias))
+    return _normed(x, (len(x), num_groups, -1), scale, shift, eps)
+
+
+def _normed(
+    x: Tensor, rows: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Any:
+    """The rule of a norm to mean 0 and deviation 1 along each row of x, seen in that shape."""
     value, tangent = _parts(x)
     if tangent is None or _moves(weight, bias):
         return NotImplemented
-    groups = (len(value), num_groups, -1)
-    y, moved = _normed(value.reshape(groups), tangent.reshape(groups), eps)
-    wide = (-1, *(1,) * (value.dim() - 2))
-    own = (None if part is None else part.view(wide) for part in (weight, bias))
-    return _scaled(y.view(value.shape), moved.view(value.shape), *own)
-
-
-def _normed(value: Tensor, tangent: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Values of mean 0 and deviation 1 along the last dimension, and their tangents."""
-    centred = value - value.mean(-1, keepdim=True)
+    seen, moved = value.reshape(rows), tangent.reshape(rows)
+    centred = seen - seen.mean(-1, keepdim=True)
     scale = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
     y = centred * scale
-    along = (y * tangent).mean(-1, keepdim=True)
-    return y, scale * (tangent - tangent.mean(-1, keepdim=True) - y * along)
-
-
-def _scaled(y: Tensor, moved: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    along = (y * moved).mean(-1, keepdim=True)
+    moved = scale * (moved - moved.mean(-1, keepdim=True) - y * along)
+    y, moved = y.view(value.shape), moved.view(value.shape)
     if weight is not None:
         y, moved = y * weight, moved * weight
-    made: Tensor = make_dual(y if bias is None else y + bias, moved)
-    return made
+    return make_dual(y if bias is None else y + bias, moved)
 
 
 def _attention(

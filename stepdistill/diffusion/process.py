@@ -64,10 +64,14 @@ class Process(ABC):
         c = self.coefs(t)
         return c.sigma / (c.alpha + c.sigma)
 
+    def time_of_noise(self, log_n: Tensor) -> Tensor:
+        """Time at the log noise-to-signal ratio, kept in the trained range."""
+        return self.time_at(-2 * log_n).clamp(self.t_min, self.t_max)
+
     def time_of_flow(self, s: Tensor) -> Tensor:
         """Time of rectified flow's time s in (0, 1), kept in the trained range: the inverse of
         :meth:`flow_time`."""
-        return self.time_at(-2 * torch.logit(s)).clamp(self.t_min, self.t_max)
+        return self.time_of_noise(torch.logit(s))
 
     def flow_rate(self, t: Tensor) -> Tensor:
         """The derivative of :meth:`flow_time` in t."""

@@ -21,11 +21,6 @@ Grid = tuple[float, ...]
 """Decreasing times of one process; the last is 0, the clean end."""
 
 
-def time_of_noise(log_n: Tensor, process: Process) -> Tensor:
-    """The time of ``process`` at the log noise-to-signal ratio, kept in the trained range."""
-    return process.time_at(-2 * log_n).clamp(process.t_min, process.t_max)
-
-
 class _Density(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -58,7 +53,7 @@ class LogitNormal(_Density):
 
     def sample(self, u: Tensor, process: Process) -> Tensor:
         """Times [B] from uniforms u [B] in (0, 1)."""
-        return time_of_noise(self.mean + self.std * torch.special.ndtri(u), process)
+        return process.time_of_noise(self.mean + self.std * torch.special.ndtri(u))
 
 
 class UShaped(_Density):

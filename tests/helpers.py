@@ -110,10 +110,10 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
     "mean_flow": {
-        "teacher": {"diagonal": 0.25, "power": 0.5, "power_floor": 1.0},
-        "guides itself": {"velocity": "data", "guidance": 2.0, "label_drop": 0.3},
+        "teacher": {"diagonal": 0.25, "power": 0.5, "power_floor": 1.0} | EXACT,
+        "guides itself": {"velocity": "data", "guidance": 2.0, "label_drop": 0.3} | EXACT,
         "difference": {
-            "derivative": "central",
+            "derivative": "upwind",
             "difference_step": 0.1,
             "guidance": 1.5,
             "diagonal": 0.5,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from stepdistill.commands.bench_jvp import jvp
 from stepdistill.diffusion.cond import Cond
-from stepdistill.diffusion.denoiser import Denoiser
+from stepdistill.diffusion.denoiser import Denoiser, Prediction
 from stepdistill.diffusion.derivative import along, drift
 from stepdistill.diffusion.process import RF, Process, Trig, expand
 from stepdistill.losses.continuous import Angle, bounded, field, tangent
@@ -167,22 +167,46 @@ def test_every_way_of_a_derivative_finds_the_same_on_every_network(teacher) -> N
     t, cond = torch.tensor([0.2, 0.4, 0.6, 0.8]), Cond(torch.tensor([0, 1, 2, 3]))
     _, exact = along(den, x_t, t, cond, speed, drift)
     size = float(exact.abs().max())
-    for way, near in (("difference", 0.15), ("central", 0.02), ("semi", 0.15)):
+    for way, near in (("difference", 0.15), ("upwind", 0.15), ("central", 0.02), ("semi", 0.15)):
         own, slope = along(den, x_t, t, cond, speed, drift, way=way, step=1e-4)
         assert float((slope - exact).abs().max()) < near * size, way
         assert torch.allclose(own, along(den, x_t, t, cond, speed, drift)[0], atol=1e-5)
         assert not slope.requires_grad
 
 
-def test_the_central_difference_is_of_second_order_and_one_sided_at_the_top() -> None:
+@pytest.mark.parametrize(("way", "order"), [("difference", 1), ("upwind", 2), ("central", 2)])
+def test_the_orders_of_differences(way, order) -> None:
     den, gaps = Exact(Trig(1.0), 0.6), []
     x_t = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
     t = torch.linspace(0.3, 1.2, 8)
     _, exact = along(den, x_t, t, Cond(), x_t, drift)
-    for step in (0.1, 0.05):
-        _, slope = along(den, x_t, t, Cond(), x_t, drift, way="central", step=step)
+    for step in (0.02, 0.01):
+        _, slope = along(den, x_t, t, Cond(), x_t, drift, way=way, step=step)
         gaps.append(float((slope - exact).abs().max()))
-    assert gaps[1] / gaps[0] == pytest.approx(0.25, abs=0.05)
+    assert gaps[1] / gaps[0] == pytest.approx(0.5**order, abs=0.05)
+
+
+@pytest.mark.parametrize("turns", [25, 40, 75])
+def test_ways_that_look_back_damp_fast_waves_and_others_leave_them(turns) -> None:
+    """Descent along a derivative takes from a wave what of it is in phase with the wave itself."""
+    den = Exact(RF(), 0.6)
+    t = torch.arange(0.2, 0.8, 1e-3)
+    state = torch.zeros(len(t), 1)
+    wave = 2 * math.pi * turns
+
+    def view(pred: Prediction) -> Tensor:
+        return (wave * pred.c.sigma).sin()
+
+    for way in ("jvp", "central", "difference", "upwind"):
+        value, slope = along(den, state, t, Cond(), state, view, way=way, step=0.01)
+        share = float((value * slope).mean() / (value.norm() * slope.norm().clamp_min(1e-6)))
+        share *= len(t)
+        assert share > 0.3 if way in ("difference", "upwind") else abs(share) < 0.05, way
+
+
+def test_the_central_difference_is_one_sided_at_the_top() -> None:
+    den = Exact(Trig(1.0), 0.6)
+    x_t = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
     top = torch.full((8,), math.pi / 2)
     one = along(den, x_t, top, Cond(), x_t, drift, way="central", step=0.01)[1]
     other = along(den, x_t, top, Cond(), x_t, drift, way="difference", step=0.01)[1]
@@ -190,7 +214,7 @@ def test_the_central_difference_is_of_second_order_and_one_sided_at_the_top() ->
 
 
 @every_process
-@pytest.mark.parametrize("way", ["central", "difference", "semi"])
+@pytest.mark.parametrize("way", ["central", "upwind", "difference", "semi"])
 def test_differences_of_one_step_are_as_good_at_every_level_of_every_process(process, way) -> None:
     """A step in the process's own time would be too long at EDM's cleaner levels."""
     den = Exact(process, 0.6)
@@ -202,18 +226,18 @@ def test_differences_of_one_step_are_as_good_at_every_level_of_every_process(pro
     flow = expand(process.flow_rate(t), x)
     exact = along(den, x_t, t, Cond(), speed, drift)[1] / flow
     _, slope = along(den, x_t, t, Cond(), speed, drift, way=way, step=0.01)
-    bound = 0.01 if way == "central" else 0.15
+    bound = 0.01 if way in ("central", "upwind") else 0.15
     assert float((slope / flow - exact).abs().max()) < bound * float(exact.abs().max())
 
 
 def test_bench_jvp_tells_time_memory_and_agreement(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     found = jvp("scm-digits", ("batch_size=4",), rounds=3, threads=1, step=2e-5)
-    assert list(found) == ["forward", "jvp", "difference", "central", "semi"]
+    assert list(found) == ["forward", "jvp", "upwind", "difference", "central", "semi"]
     assert all(one["seconds"] > 0 and one["bytes"] > 0 for one in found.values())
     assert found["jvp"]["bytes"] > found["forward"]["bytes"]
     assert found["jvp"]["difference"] == 0 and "difference" not in found["forward"]
-    assert all(found[way]["difference"] < 0.1 for way in ("difference", "central", "semi"))
+    assert all(found[way]["difference"] < 0.1 for way in list(found)[2:])
 
 
 # TBCM --------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ def test_scott_begins_a_little_below_pure_noise_and_with_heads() -> None:
     assert make("scott", load_teacher("digits-unet")).start < 0.8
 
 
-@pytest.mark.parametrize("way", ["difference", "semi", "central", "jvp"])
+@pytest.mark.parametrize("way", ["difference", "upwind", "semi", "central", "jvp"])
 def test_derivatives_below_the_first_of_times_stay_finite(way) -> None:
     """A noise predictor's cleanest time is above 0, and densities reach below it."""
     den = load_teacher("digits-unet")

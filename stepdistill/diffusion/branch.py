@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from stepdistill.adapters import Adapter, lora, scalars
+from stepdistill.adapters.dropout import Drop
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -20,7 +21,8 @@ class Branch(nn.Module):
     Several may share one ``net``: each has its own adapter put on before it calls, and the bare
     network's none. ``lora`` is the name of the adapter; None means the network itself. ``fixed``
     names the network's parameters that are never trained. ``scale`` is the guidance that a network
-    which is told it hears where nothing else is said.
+    which is told it hears where nothing else is said. ``dropout`` is what its dropout layers drop,
+    where a trainer says so.
     """
 
     net: nn.Module
@@ -28,6 +30,7 @@ class Branch(nn.Module):
     lora: str | None = None
     fixed: frozenset[str] = frozenset()
     scale: float = 1.0
+    dropout: Drop | None = None
     _call: Callable[..., Any] | None = None
 
     def called(self) -> Callable[..., Any]:

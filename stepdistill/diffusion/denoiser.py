@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.adapters import Adapter, adapter_for
+from stepdistill.adapters.dropout import dropped
 from stepdistill.adapters.taps import Tail, record
 from stepdistill.diffusion.branch import Branch
 from stepdistill.diffusion.cond import Cond
@@ -82,7 +83,7 @@ class Denoiser(Branch):
     """A network that estimates the clean and noise parts of a noisy state.
 
     The network always runs in eval mode: dropout, and the label dropout that some backbones do by
-    themselves in train mode, would make targets random.
+    themselves in train mode, would make targets random. What ``dropout`` says is drawn by its seed.
 
     Args:
         net: any module that ``adapter`` knows.
@@ -171,7 +172,7 @@ class Denoiser(Branch):
         """The network's own output h [B, C, *S], in fp32."""
         scaled = self.process.scale_input(x_t, t)
         time = self.process.network_time(t)
-        with self.told(t, cond):
+        with self.told(t, cond), dropped(self.net, self.dropout):
             h = self.adapter(self.called(), scaled, time, cond.label)
         return h[:, : x_t.shape[1]].float()
 

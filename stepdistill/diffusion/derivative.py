@@ -20,9 +20,11 @@ from stepdistill.diffusion.process import Process, expand
 # What torch's own rules of forward mode are written in.
 warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
 
-Way = Literal["jvp", "difference", "central", "semi"]
-CALLS: dict[Way, int] = {"jvp": 1, "difference": 2, "central": 2, "semi": 2}
+Way = Literal["jvp", "upwind", "difference", "central", "semi"]
+CALLS: dict[Way, int] = {"jvp": 1, "upwind": 3, "difference": 2, "central": 2, "semi": 2}
 """Calls of the network by each way for the derivative alone, see :func:`rate`."""
+BACKWARD: tuple[Way, ...] = ("upwind", "difference")
+"""Ways that ask the state itself and earlier ones; a call less where the first is known."""
 View = Callable[[Prediction], Tensor]
 LEAST = 1e-6
 """In flow time: steps that are shorter are none."""
@@ -44,14 +46,21 @@ def along(
     *,
     way: Way = "jvp",
     step: float = 0.01,
+    value: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A view of what ``den`` says of x_t, and its derivative in t along dx_t/dt = velocity.
 
     The network is called itself and not by its wrapper, in fp32 also within autocast, and nothing
     here has a graph. Forward mode is one call, see :func:`slope`; the difference is two, of first
     order in its step and 0 at the first of times, the central one three, of second order but at the
-    ends of time. Semi is forward mode in the state and a difference in time alone, for networks
-    whose time cannot be differentiated or turns fast (rCM, spec 1.10).
+    ends of time. Upwind is three, of second order, and asks earlier times alone. Semi is forward
+    mode in the state and a difference in time alone, for networks whose time cannot be
+    differentiated or turns fast (rCM, spec 1.10).
+
+    What is learnt by its own derivative in time, as a consistency function is, is carried from
+    clean times to noisy ones, as by a wind. Ways that look back, upwind, damp whatever their step
+    does not resolve. Forward mode and central differences damp nothing, so that what training stirs
+    up there grows, as in every transport equation that is stepped on with a centred scheme.
 
     Differences step in rectified flow's time, which is as fine at every noise level of every
     process, along the path whose clean and noise parts stay. Where steps of ``cond`` end stays as
@@ -62,8 +71,10 @@ def along(
         x_t: states [B, ...] at times t [B].
         velocity: dx_t/dt of the path, in the process's own time [B, ...].
         view: what is looked at of a prediction: [B, ...].
-        way: "jvp", "difference" backwards in time, "central" both ways, or "semi".
-        step: of the difference, in flow time; a sample at an earlier time takes its whole time.
+        way: "jvp", "difference" or "upwind" backwards in time, "central" both ways, or "semi".
+        step: of the difference, in flow time, of which upwind takes two; a sample at an earlier
+            time takes its whole time.
+        value: the view [B, ...] where it is known in fp32, which spares ways that look back a call.
 
     Returns:
         The view and its derivative, each [B, ...].
@@ -73,17 +84,23 @@ def along(
     if way == "jvp":
         return slope(den, x_t, t, cond, view, d_x=velocity, d_t=torch.ones_like(t))
     with _bare(den), torch.autocast(x_t.device.type, enabled=False):
-        before, length = _back(den.process, t, cond, step)
+        before, length = _back(den.process, t, cond, 2 * step if way == "upwind" else step)
         quotient = expand(den.process.flow_rate(t) / length.clamp_min(LEAST), x_t)
         left = expand(length > LEAST, x_t)  # of time, to step back in
         if way == "semi":
             value, moved = slope(den, x_t, t, cond, view, d_x=velocity)
             back = view(den(x_t, before, cond))
             return value, moved + torch.where(left, (value - back) * quotient, 0)
-        value = view(den(x_t, t, cond))
-        if way == "difference":
+        if value is None or way == "central":
+            value = view(den(x_t, t, cond))
+        if way != "central":
             back = view(den(_moved(den.process, x_t, t, velocity, before), before, cond))
-            return value, torch.where(left, (value - back) * quotient, 0)
+            change = value - back
+            if way == "upwind":
+                half = torch.where(length > LEAST, _later(den.process, before, length / 2), t)
+                middle = view(den(_moved(den.process, x_t, t, velocity, half), half, cond))
+                change = 4 * (value - middle) - change
+            return value, torch.where(left, change * quotient, 0)
     return value, rate(den, x_t, t, cond, velocity, view, way=way, step=step)
 
 
@@ -98,17 +115,18 @@ def rate(
     *,
     way: Way = "jvp",
     step: float = 0.01,
+    value: Tensor | None = None,
 ) -> Tensor:
     """The derivative of :func:`along` alone [B, ...]; the central difference asks two times then,
     and not at the state itself."""
     if way != "central":
-        return along(den, x_t, t, cond, velocity, view, way=way, step=step)[1]
+        return along(den, x_t, t, cond, velocity, view, way=way, step=step, value=value)[1]
     x_t, velocity = x_t.float(), velocity.float()
     t = t.float().clamp_min(den.process.t_min)
     process, flow = den.process, den.process.flow_time(t)
     before, back = _back(process, t, cond, step)
     on = (process.flow_time(torch.full_like(t, process.t_max)) - flow).clamp(0, step)
-    after = torch.where(on > LEAST, process.time_of_flow(flow + on), t)
+    after = torch.where(on > LEAST, _later(process, t, on), t)
     with _bare(den), torch.autocast(x_t.device.type, enabled=False):
         first, last = (
             view(den(_moved(process, x_t, t, velocity, at), at, cond)) for at in (before, after)
@@ -124,6 +142,11 @@ def _back(process: Process, t: Tensor, cond: Cond, step: float) -> tuple[Tensor,
     room = flow - process.flow_time(first.clamp_min(process.t_min))
     length = room.clamp(0, step)
     return torch.where(length > LEAST, process.time_of_flow(flow - length), t), length
+
+
+def _later(process: Process, t: Tensor, way: Tensor) -> Tensor:
+    """Times [B] by which flow time has gone on from t by ``way`` [B]."""
+    return process.time_of_flow(process.flow_time(t) + way)
 
 
 def _moved(process: Process, x_t: Tensor, t: Tensor, velocity: Tensor, to: Tensor) -> Tensor:

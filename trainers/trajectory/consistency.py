@@ -28,6 +28,7 @@ from stepdistill.run.ratios import sample_parts
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Loss, Pass, Turn
 from stepdistill.trainers.beginning import renewed
+from stepdistill.trainers.dropping import Dropping, DroppingConfig
 from stepdistill.trainers.fixed_point import FixedPoint, Proof
 from stepdistill.trainers.solvers import Asked, Data, Euler, Solved, Solver, Walk
 from stepdistill.trainers.trajectory.pairs import Ect, Pairs, Span
@@ -37,7 +38,7 @@ EVEN = {"t": {"kind": "uniform"}}
 LEAST = 1e-3  # share of the image below which a state is pure noise
 
 
-class ConsistencyConfig(ScalesConfig):
+class ConsistencyConfig(ScalesConfig, DroppingConfig):
     """Settings of ``consistency``."""
 
     idle: ClassVar[Mapping[str, tuple[str, ...]]] = {"target_decay": ("target=stop_gradient",)}
@@ -72,12 +73,12 @@ class ConsistencyConfig(ScalesConfig):
         return False
 
 
-class ConsistencyTrainer(Scales):
+class ConsistencyTrainer(Scales, Dropping):
     """Discrete consistency: distillation (Song et al. 2023; LCM), ECT, iCT; specs M2 to M5.
 
     iCT is ``scratch: true`` with ``solver: data`` and ``pairs: doubling``; ECT is ``solver: data``
     with ``pairs: ect``, from the teacher's weights. Here: pairs and their weight 1 / (t - r) are of
-    the process's own time, where ECT and iCT have noise levels, and networks have no dropout.
+    the process's own time, where ECT and iCT have noise levels.
     """
 
     Config = ConsistencyConfig
@@ -119,6 +120,7 @@ class ConsistencyTrainer(Scales):
                 random steps from where they forget all.
         """
         c = self.config
+        self.check_dropout()
         if isinstance(c.solver, Data) and c.guided:
             raise UserError(
                 "guidance: solver=data asks the teacher nothing that could be guided; set "
@@ -214,8 +216,10 @@ class ConsistencyTrainer(Scales):
                 x_r = self.solve(self.solver, x_t, t, r, batch, rng)
             else:
                 x_r = self.noised(r, batch, rng)
-            target = self.aim(x_r, r, end, batch)
-        estimate = self.jump(student, x_t, t, end, batch)
+        with self.dropping(rng, student, self.target_net):
+            with torch.no_grad():
+                target = self.aim(x_r, r, end, batch)
+            estimate = self.jump(student, x_t, t, end, batch)
         delta = estimate - target
         loss = (self.worth(t, r) * self.apart(delta)).mean()
         more = self.beside(estimate, target, end, batch, rng)

@@ -159,8 +159,8 @@ class FlowMapTrainer(JumpTrainer):
         """The student's u, and the gap of ESD; what the field carries along is held constant."""
         v = self.field(draw.x_t, draw.t, draw)
         if not self.through:
-            u_s = self.whole_slope(draw, v)
             u = self.student(draw.x_t, draw.t, draw.told).drift
+            u_s = self.whole_slope(draw, v, u)
             return u, eulerian_gap(u, u_s, v, draw.way)
         speed = self.speed(v, draw.x_t, draw.t)
         with torch.no_grad():
@@ -205,7 +205,7 @@ class FlowMapTrainer(JumpTrainer):
         if c.form.startswith("psd"):
             own = [Pass("student", "forward", 2)]
         elif c.form == "esd":
-            own = derived("jvp" if self.through else c.derivative)
+            own = derived("jvp" if self.through else c.derivative, config=c)
         elif not self.through:
             own = derived("jvp")
         if not (taught or c.form.startswith("psd")):

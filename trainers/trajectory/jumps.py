@@ -22,6 +22,7 @@ from stepdistill.run.errors import UserError
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Trainer
 from stepdistill.trainers.beginning import renewed, told
+from stepdistill.trainers.derived import known
 from stepdistill.trainers.fixed_point import FixedPoint, followed
 from stepdistill.trainers.settings import TrainConfig
 from stepdistill.trainers.trajectory.time_weight import TimeWeight
@@ -54,11 +55,10 @@ class JumpConfig(TrainConfig):
     )
     derivative: Way = Field(
         "jvp",
-        description="how derivatives along the flow are taken: forward mode, or a finite "
-        "difference, which is steadier where a network's time embedding turns fast (DiT)",
+        description="how derivatives along the flow are taken, see ``bench jvp``",
     )
     difference_step: float = Field(
-        0.01, ge=0.001, le=0.1, description="step of the difference, in flow time"
+        0.05, ge=0.001, le=0.1, description="of the difference, in flow time; upwind takes two"
     )
 
 
@@ -194,7 +194,7 @@ class JumpTrainer(Trainer):
         c = self.process.coefs(t).expand(x_t)
         return c.d_alpha * x + c.d_sigma * z
 
-    def whole_slope(self, draw: Draw, v: Tensor) -> Tensor:
+    def whole_slope(self, draw: Draw, v: Tensor, u: Tensor) -> Tensor:
         """The derivative of the student's u in flow time, along the field v, without a graph."""
         c = self.config
         found = rate(
@@ -206,5 +206,6 @@ class JumpTrainer(Trainer):
             drift,
             way=c.derivative,
             step=c.difference_step,
+            value=known(u, c),
         )
         return found / expand(self.process.flow_rate(draw.t), found)

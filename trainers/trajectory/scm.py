@@ -27,7 +27,8 @@ from stepdistill.run.errors import UserError
 from stepdistill.run.ratios import sample_parts
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Loss, Pass, Turn
-from stepdistill.trainers.derived import derived
+from stepdistill.trainers.derived import derived, known
+from stepdistill.trainers.dropping import Dropping, DroppingConfig
 from stepdistill.trainers.fixed_point import STEADY, FixedPoint, Proof, followed
 from stepdistill.trainers.trajectory.scales import Scales, ScalesConfig
 from stepdistill.trainers.trajectory.time_weight import TimeWeight
@@ -38,7 +39,7 @@ PLAIN = {"normal": "none", "adaptive": False}
 """In one dimension a normalised tangent is a sign."""
 
 
-class SCMConfig(ScalesConfig):
+class SCMConfig(ScalesConfig, DroppingConfig):
     """Settings of ``scm``."""
 
     idle: ClassVar = {
@@ -71,20 +72,22 @@ class SCMConfig(ScalesConfig):
     norm_floor: float = Field(0.1, gt=0, description="added to the norm that it is divided by")
     adaptive: bool = Field(True, description="weigh times by a learned function of theirs")
     derivative: Way = Field(
-        "central",
-        description="how the derivative along the path is taken, see ``bench jvp``: forward mode "
-        "is exact, and so are the fast waves that it finds in networks told 1000 t",
+        "upwind",
+        description="how the derivative along the path is taken, see ``bench jvp``: upwind looks "
+        "back in time and damps what its step does not resolve; forward mode is exact, fast waves "
+        "of time embeddings included, and damps nothing",
     )
     difference_step: float = Field(
-        0.02, gt=0, le=0.5, description="of the difference, in flow time"
+        0.05, gt=0, le=0.5, description="of the difference, in flow time; upwind takes two"
     )
 
 
-class SCMTrainer(Scales):
+class SCMTrainer(Scales, Dropping):
     """sCM (Lu and Song 2024): sCD, and with ``velocity: data`` sCT; spec M9.
 
     Here: in the network's own process and time, whatever they are, and without changes to it, but
-    for ``guidance_range``, and without dropout, as all networks here run.
+    for ``guidance_range``. What makes it stable is a
+    derivative that looks back in time (``derivative``), where the paper changes the network.
     """
 
     Config = SCMConfig
@@ -112,6 +115,7 @@ class SCMTrainer(Scales):
             UserError: guidance along the data's own path.
         """
         c = self.config
+        self.check_dropout()
         if c.velocity == "data" and c.guided:
             raise UserError(
                 "guidance: velocity=data asks the teacher nothing that could be guided; set "
@@ -191,18 +195,20 @@ class SCMTrainer(Scales):
         c, student = self.config, self.denoiser("student")
         at = Angle.of(self.process, t, self.data, cosine=c.cosine)
         k = self.process.coefs(t).expand(x_t)
-        pred = student(x_t, t, batch.cond)
-        found = self.field(pred)
-        slope = rate(
-            student,
-            x_t,
-            t,
-            batch.cond,
-            k.d_alpha * x + k.d_sigma * z,
-            self.field,
-            way=c.derivative,
-            step=c.difference_step,
-        )
+        with self.dropping(rng, student):
+            pred = student(x_t, t, batch.cond)
+            found = self.field(pred)
+            slope = rate(
+                student,
+                x_t,
+                t,
+                batch.cond,
+                k.d_alpha * x + k.d_sigma * z,
+                self.field,
+                way=c.derivative,
+                step=c.difference_step,
+                value=known(found, c),
+            )
         own, real = found.detach(), field(x, z, k, self.data)
         raw = tangent(own, slope, real, x_t, at, self.warmth(rng.step))
         each = mean_square(found - own - bounded(raw, c.normal, c.norm_floor))
@@ -218,9 +224,10 @@ class SCMTrainer(Scales):
 
     def passes(self) -> list[Pass]:
         """The teacher's velocity, the derivative, and the student."""
-        asked = [Pass("teacher", "forward", 1, 2 if self.config.guided else 1)]
-        own = [*derived(self.config.derivative), Pass("student", "train")]
-        return own if self.config.velocity == "data" else asked + own
+        c = self.config
+        asked = [Pass("teacher", "forward", 1, 2 if c.guided else 1)]
+        own = [*derived(c.derivative, config=c), Pass("student", "train")]
+        return own if c.velocity == "data" else asked + own
 
 
 TRAINER = SCMTrainer

@@ -113,7 +113,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "teacher": {"diagonal": 0.25, "power": 0.5, "power_floor": 1.0} | EXACT,
         "guides itself": {"velocity": "data", "guidance": 2.0, "label_drop": 0.3} | EXACT,
         "difference": {
-            "derivative": "upwind",
+            "derivative": "central",
             "difference_step": 0.1,
             "guidance": 1.5,
             "diagonal": 0.5,
@@ -139,6 +139,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "sana_sprint": {"teacher": {"guidance": 1.5, "guidance_range": (1.0, 3.0)} | EXACT},
     "scm": {
         "difference": {"guidance": 1.5, "derivative": "difference", "normal": "clamp"},
+        "upwind": {"difference_step": 0.5, "norm_floor": 1.0},
         "semi": {
             "derivative": "semi",
             "difference_step": 0.2,

@@ -80,7 +80,9 @@ def test_a_run_that_drops_goes_on_from_a_checkpoint_to_the_bit() -> None:
 
 
 def test_what_cannot_drop_is_refused() -> None:
-    with pytest.raises(UserError, match="^dropout: VectorMLP has no dropout layers; set dropout=0"):
+    with pytest.raises(
+        UserError, match="^dropout: VectorMLP has no layers that drop; set dropout=null"
+    ):
         make("scm", mlp_teacher(), dropout=0.1)
     with pytest.raises(UserError, match="^dropout: what is computed a second time would not drop"):
         make("consistency", dit_teacher(), dropout=0.1, gradient_checkpointing=True)

@@ -18,12 +18,12 @@ from stepdistill.trainers.settings import TrainConfig
 class DroppingConfig(TrainConfig):
     """Settings of trainers whose student may drop."""
 
-    dropout: float = Field(
-        0.0,
-        ge=0,
+    dropout: float | None = Field(
+        None,
+        gt=0,
         lt=1,
         description="share that the student's dropout layers drop while it trains, the same in all "
-        "passes that are compared; the teacher drops nothing",
+        "passes that are compared; null: none, as the teacher",
     )
 
 
@@ -41,20 +41,25 @@ class Dropping(Trainer):
         c = self.config
         if c.dropout and not droppers(self.teacher.net):
             raise UserError(
-                f"dropout: {type(self.teacher.net).__name__} has no dropout layers; set dropout=0"
+                f"dropout: {type(self.teacher.net).__name__} has no layers that drop; set dropout="
+                "null"
             )
         if c.dropout and c.gradient_checkpointing:
             raise UserError(
                 "dropout: what is computed a second time would not drop; set "
-                "gradient_checkpointing=false or dropout=0"
+                "gradient_checkpointing=false or dropout=null"
             )
 
     @contextmanager
     def dropping(self, rng: Rng, *networks: Denoiser | None) -> Iterator[None]:
         """Calls of these networks in this context drop alike, anew each step and process."""
-        found = [net for net in networks if net is not None and self.config.dropout]
+        if self.config.dropout is None:
+            yield
+            return
+        drop = Drop(self.config.dropout, rng.integer(f"dropout-{self.rank}", 2**31))
+        found = [net for net in networks if net is not None]
         for net in found:
-            net.dropout = Drop(self.config.dropout, rng.integer(f"dropout-{self.rank}", 2**31))
+            net.dropout = drop
         try:
             yield
         finally:

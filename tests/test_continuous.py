@@ -17,7 +17,6 @@ from stepdistill.losses.continuous import Angle, bounded, field, tangent
 from stepdistill.oracles.denoiser import Oracle
 from stepdistill.run.errors import UserError
 from stepdistill.run.rng import Rng
-from stepdistill.trainers.base import Loss
 from tests.helpers import (
     AffineAdapter,
     batch_of,
@@ -311,47 +310,6 @@ def test_tbcm_calms_down_after_its_warm_up() -> None:
     made = make("tbcm", mlp_teacher(), steps=16, **keys)
     weights = [made.warmth(step) for step in (0, 3, 6, 8, 10, 15)]
     assert weights == [0.25, 1.0, 1.0, 0.75, 0.5, 0.5]
-
-
-# rCM ---------------------------------------------------------------------------------------------
-
-
-def test_rcm_s_pull_is_balanced_for_the_size_of_a_sample() -> None:
-    made = make("rcm", mlp_teacher())
-    assert made.regularizer == pytest.approx(0.01 * math.sqrt(2.1e6 / 4))
-    assert make("rcm", mlp_teacher(), regularizer=0.0).regularizer == 0
-
-
-@pytest.mark.parametrize("std", [0.5, 1.6])
-def test_rcm_pulls_a_student_of_another_spread_towards_the_teacher_s(std, monkeypatch) -> None:
-    """With an exact fake score of N(0, std^2) and a teacher of N(0, 1)."""
-    made = make("rcm", Oracle(RF(), "velocity", torch.zeros(1, 4), 1.0), batch_size=256)
-    fake = Oracle(RF(), "velocity", torch.zeros(1, 4), std)
-    x = std * torch.randn(256, 4, generator=torch.Generator().manual_seed(0))
-    leaf = x.clone().requires_grad_()
-    monkeypatch.setattr(made, "denoiser", lambda name: fake)
-    monkeypatch.setattr(made, "sampled", lambda batch, rng, graph: leaf)
-    monkeypatch.setattr(made, "loss", lambda batch, rng: Loss(torch.zeros(())))
-    made.both(batch_of(made, 0), Rng(0).at(0)).value.backward()
-    moved = -float((leaf.grad * x).sum())
-    assert moved > 0 if std < 1 else moved < 0
-
-
-def test_rcm_s_first_stage_is_its_warm_up_unless_told() -> None:
-    assert make("rcm", mlp_teacher(), steps=100).alone == 10
-    assert make("rcm", mlp_teacher(), steps=100, alone=0, warmup=20).alone == 0
-    assert make("rcm", mlp_teacher(), steps=100).in_full() == 10
-
-
-def test_rcm_learns_alone_at_first_and_is_scm_then() -> None:
-    """Without its pull the student's weights are sCM's, bit for bit."""
-    keys = {"adaptive": False, "steps": 6, "t": {"kind": "uniform"}}
-    made = make("scm", mlp_teacher(), **keys)
-    other = make("rcm", mlp_teacher(), alone=4, **keys)
-    assert [len(other.turns(step)) for step in (0, 3, 4)] == [1, 1, 5]
-    run(made, 0, 4)
-    run(other, 0, 4)
-    same({"student": made.state()["student"]}, {"student": other.state()["student"]})
 
 
 # SANA-Sprint -------------------------------------------------------------------------------------

@@ -31,7 +31,8 @@ def told(config: TrainConfig, source: Denoiser, *numbers: str, instead: str = ""
         UserError: adapters, or it is not known how its network embeds its time.
     """
     if config.lora is not None:
-        what = {"end": "end of a step"}.get(numbers[0], numbers[0])
+        names = {"end": "end of a step", "steps": "number of steps"}
+        what = names.get(numbers[0], numbers[0])
         mend = f"{instead} or lora=null" if instead else "lora=null"
         raise UserError(
             f"lora: adapters share the teacher's network, which is told no {what}; set {mend}"
@@ -39,7 +40,8 @@ def told(config: TrainConfig, source: Denoiser, *numbers: str, instead: str = ""
     try:
         return source.extended(*numbers)
     except ValueError as error:
-        raise UserError(f"teacher: {error}; add `embedders` to its adapter") from error
+        other = f", or set {instead}" if instead else ""
+        raise UserError(f"teacher: {error}; add `embedders` to its adapter{other}") from error
 
 
 def begin(config: TrainConfig, name: str, source: Denoiser, *, copy: bool) -> Denoiser:

@@ -21,12 +21,15 @@ class Cond:
             that are told; None: 0 for all.
         guidance: the guidance scale that a sample is to look like [B], at least 1, for networks
             that are told; None: the network's own usual one.
+        steps: how many steps made the image that a state was noised from [B], for networks that are
+            told; None: one.
     """
 
     label: Tensor | None = None
     end: Tensor | None = None
     twin: Tensor | None = None
     guidance: Tensor | None = None
+    steps: Tensor | None = None
 
     def ending(self, end: Tensor) -> Cond:
         """The same conditions for steps that end at times [B]."""

@@ -194,6 +194,8 @@ class Denoiser(Branch):
         if "guidance" in taken:
             own = torch.full_like(t, self.scale)
             numbers["guidance"] = 1 - 1 / (own if cond.guidance is None else cond.guidance)
+        if "steps" in taken and cond.steps is not None:
+            numbers["steps"] = 1 - 1 / cond.steps
         return self.adapter.telling(self.net, numbers)
 
     def length(self, t: Tensor, end: Tensor | None) -> Tensor:

@@ -152,10 +152,12 @@ class Corrected(nn.Module):
         self.values: Mapping[str, Tensor] | None = None
         self.twin: nn.Module | None = None  # the correction of samples that are the student's own
         self.rise: nn.Module | None = None  # what is added to it for each unit of guidance
+        self.walk: nn.Module | None = None  # the same for what tells a number of steps
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Corrected:
         other = Corrected(self.held[0], copy.deepcopy(self.fix, memo), self.span)
-        other.twin, other.rise = copy.deepcopy((self.twin, self.rise), memo)
+        parts = (self.twin, self.rise, self.walk)
+        other.twin, other.rise, other.walk = copy.deepcopy(parts, memo)
         return other
 
     @property
@@ -173,6 +175,8 @@ class Corrected(nn.Module):
         if self.rise is not None and self.values is not None:
             units = 1 / (1 - self.values["guidance"]) - 1
             fix = fix + units[:, None] * self.rise(x_t, t / self.span, label)
+        if self.walk is not None and self.values is not None and "steps" in self.values:
+            fix = fix + self.values["steps"][:, None] * self.walk(x_t, t / self.span, label)
         return fix if self.held[0] is None else self.held[0](x_t, t, label) + fix
 
 
@@ -198,12 +202,15 @@ class StudentAdapter(OracleAdapter):
                 net.twin = twin or Smooth(fix.dim, len(fix.maps))
             if "guidance" in numbers:
                 net.rise = copy.deepcopy(fix)
+            if "steps" in numbers:
+                net.walk = copy.deepcopy(fix)
 
     def numbers(self, net: nn.Module) -> tuple[str, ...]:
         """See :meth:`Adapter.numbers`."""
         fix = net.fix
         ends = isinstance(fix, Steps) or (isinstance(fix, Network) and fix.ends)
         held = {"end": ends, "twin": net.twin is not None, "guidance": net.rise is not None}
+        held["steps"] = net.walk is not None
         return tuple(name for name, told in held.items() if told)
 
     @contextmanager

@@ -7,14 +7,17 @@ the student's samples, as in DMD, sharpens what a tangent of finite networks lea
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import cached_property
-from typing import ClassVar
+from itertools import pairwise
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from stepdistill.data.batch import Batch
+from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.denoiser import Prediction
 from stepdistill.diffusion.guidance import guided
 from stepdistill.diffusion.process import expand
@@ -26,6 +29,7 @@ from stepdistill.run.errors import UserError
 from stepdistill.run.ratios import gap_parts
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Loss, Pass, Turn
+from stepdistill.trainers.beginning import told
 from stepdistill.trainers.fixed_point import Proof
 from stepdistill.trainers.score.engine import CriticOptim
 from stepdistill.trainers.trajectory.scm import CALM, PLAIN, UNIFORM, SCMConfig, SCMTrainer
@@ -56,10 +60,15 @@ class RCMConfig(SCMConfig):
         "keeps its balance with a normalised tangent at any size",
     )
     own_steps: int = Field(4, ge=1, description="most steps of the student's own samples")
+    own_walk: Literal["grid", "drawn"] = Field(
+        "grid",
+        description="times of the student's own samples: the sampler's, in 1, 2, 4 or 8 steps, of "
+        "which the fake score is told the number; or drawn by own_t, in any number (published)",
+    )
     own_t: Density | None = Field(
         None,
-        description="times at which teacher and fake score are compared, and where walks go on; "
-        "null: lognormal noise as published, in sigma_data",
+        description="times at which teacher and fake score are compared, and where drawn walks go "
+        "on; null: lognormal noise as published, in sigma_data",
     )
 
 
@@ -68,7 +77,10 @@ class RCMTrainer(SCMTrainer):
 
     Here: the tangent is sCM's, which differs where the derivative has not its whole weight yet;
     means over entries take the place of sums, in both parts; student and fake score take turns
-    within a step; and the number of steps of the student's own samples is drawn.
+    within a step; and the student's own samples are, unless ``own_walk: drawn``, what its sampler
+    makes in a drawn number of steps. The fake score is told this number: it would else hold their
+    mixture alone to the teacher's law, in which what one step lacks may be what many have too
+    much. The pull goes to the images of any of these steps.
     """
 
     Config = RCMConfig
@@ -99,12 +111,28 @@ class RCMTrainer(SCMTrainer):
                 f"alone={self.alone} leaves the fake score none of steps={c.steps}; lower it"
             )
         total = (c.steps - self.alone) * c.critic_steps
-        self.add_player("critic", self.initial, c.critic, ema=False, total=total)
+        first = self.initial
+        if self.counted:
+            first = told(c, first, "steps", instead="own_walk=drawn")
+        self.add_player("critic", first, c.critic, ema=False, total=total, copy=not self.counted)
 
     @cached_property
     def own_times(self) -> Density:
         """The density of times of the student's own samples."""
         return self.config.own_t or self.lognormal(*self.published_own)
+
+    @cached_property
+    def counts(self) -> tuple[int, ...]:
+        """The numbers of steps of the student's own samples, one of which is drawn."""
+        most = self.config.own_steps
+        if self.config.own_walk == "drawn":
+            return tuple(range(1, most + 1))
+        return tuple(n for n in self.sizes if n <= most)
+
+    @property
+    def counted(self) -> bool:
+        """Whether the fake score is told this number."""
+        return self.config.own_walk == "grid" and len(self.counts) > 1
 
     @property
     def alone(self) -> int:
@@ -135,12 +163,12 @@ class RCMTrainer(SCMTrainer):
     def both(self, batch: Batch, rng: Rng) -> Loss:
         """The tangent's loss, and the pull on the student's samples."""
         own = self.loss(batch, rng)
-        made = self.sampled(batch, rng, graph=True)
+        made, cond = self.sampled(batch, rng, graph=True)
         t = self.drawn(self.own_times, rng.uniform("own-t", batch.index))
         x = made.detach()
         x_t = self.process.noise(x, self.z(batch, rng, "own-e"), t)
         with torch.no_grad():
-            fake = self.denoiser("critic")(x_t, t, batch.cond).x
+            fake = self.denoiser("critic")(x_t, t, cond).x
             real = guided(self.teacher, x_t, t, batch.cond, self.config.guidance).x
             size = (x - real).abs().flatten(1).mean(dim=1).clamp_min(LEAST)
             aim = x - (fake - real) / expand(size, x)
@@ -152,40 +180,53 @@ class RCMTrainer(SCMTrainer):
     def critic_loss(self, batch: Batch, rng: Rng) -> Loss:
         """The fake score's velocity of the student's samples."""
         with torch.no_grad():
-            x = self.sampled(batch, rng, graph=False)
+            x, cond = self.sampled(batch, rng, graph=False)
         t, e = self.drawn(self.own_times, rng.uniform("own-t", batch.index)), self.z(batch, rng)
         x_t = self.process.noise(x, e, t)
         k = self.process.coefs(t).expand(x_t)
-        pred = self.denoiser("critic")(x_t, t, batch.cond)
+        pred = self.denoiser("critic")(x_t, t, cond)
         loss = mean_square(self.field(pred) - field(x, e, k, self.data)).mean()
         return Loss(loss, {"loss": loss})
 
-    def sampled(self, batch: Batch, rng: Rng, *, graph: bool) -> Tensor:
-        """Samples of the student in a drawn number of steps, the last with a graph if any."""
-        student = self.denoiser("student")
-        steps = 1 + rng.integer("own-steps", self.config.own_steps)
-        z = self.z(batch, rng, "own-z")
-        t, x_t = full(z, self.top), first_state(self.process, z, self.top)
-        for place in range(1, steps):
+    def sampled(self, batch: Batch, rng: Rng, *, graph: bool) -> tuple[Tensor, Cond]:
+        """Samples of the student in a drawn number of steps, which the conditions tell.
+
+        With a graph, that of the step which made them, they are the images of a drawn step.
+        """
+        student, z = self.denoiser("student"), self.z(batch, rng, "own-z")
+        count = self.counts[rng.integer("own-steps", len(self.counts))]
+        times, cond = self.walked(z, count, batch, rng, whole=not graph), batch.cond
+        x_t = first_state(self.process, z, self.top)
+        for place, (t, later) in enumerate(pairwise(times), start=1):
             with torch.no_grad():
-                x = student(x_t, t, batch.cond).x
-            later = self.drawn(self.own_times, rng.uniform(f"own-t-{place}", batch.index))
-            t = torch.minimum(t, later)
-            x_t = self.process.noise(x, self.z(batch, rng, f"own-e-{place}"), t)
+                x = student(x_t, t, cond).x
+            x_t = self.process.noise(x, self.z(batch, rng, f"own-e-{place}"), later)
         with torch.set_grad_enabled(graph):
-            pred: Prediction = student(x_t, t, batch.cond)
-            return pred.x
+            pred: Prediction = student(x_t, times[-1], cond)
+        return pred.x, replace(cond, steps=full(z, count)) if self.counted else cond
+
+    def walked(self, z: Tensor, count: int, batch: Batch, rng: Rng, *, whole: bool) -> list[Tensor]:
+        """The times [B] of a walk of ``count`` steps, or of as many as lead to a drawn one."""
+        if self.config.own_walk == "grid":
+            last = count if whole else 1 + rng.integer("own-exit", count)
+            return [full(z, level) for level in self.grids()[count][:last]]
+        times = [full(z, self.top)]
+        for place in range(1, count):
+            later = self.drawn(self.own_times, rng.uniform(f"own-t-{place}", batch.index))
+            times.append(torch.minimum(times[-1], later))
+        return times
 
     def passes(self) -> list[Pass]:
         """The tangent's, the walks, and those of the pull and the fake score."""
-        c, before = self.config, (self.config.own_steps - 1) / 2
+        c, mean = self.config, sum(self.counts) / len(self.counts)
+        before = (mean - 1) / (2 if c.own_walk == "grid" else 1)
         return [
             *super().passes(),
             Pass("student", "train"),
             Pass("critic", "forward"),
             Pass("teacher", "forward", 1, 2 if c.guided else 1),
             Pass("critic", "train", c.critic_steps),
-            Pass("student", "forward", before + c.critic_steps * (before + 1)),
+            Pass("student", "forward", before + c.critic_steps * mean),
         ]
 
 

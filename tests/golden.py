@@ -36,6 +36,9 @@ HUBER = {"kind": "pseudo_huber", "scale": 1.0}
 """Settings, where a method has them, under which rounding stays what it is: an Adam whose first
 updates are no signs, a distance without a kink, and no weight that grows as a gap closes."""
 
+WIDE = {"difference_step": 0.5, "norm_floor": 1.0}
+"""In place of a proof's short differences, which enlarge rounding by four over their step."""
+
 Curve = dict[str, list[float | None]]
 """Values by name, one a step; None at steps that do not log the name."""
 
@@ -72,6 +75,8 @@ def curve(method: str, keys: dict[str, Any], *, jitter: float = 0.0) -> Curve:
 
     ``jitter`` is a relative change of the teacher's weights, as another rounding would make it.
     """
+    if keys.get("derivative") == "upwind":
+        keys = keys | WIDE
     teacher = mlp_teacher()
     generator = torch.Generator().manual_seed(1)
     for param in teacher.net.parameters():

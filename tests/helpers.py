@@ -139,7 +139,6 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "sana_sprint": {"teacher": {"guidance": 1.5, "guidance_range": (1.0, 3.0)} | EXACT},
     "scm": {
         "difference": {"guidance": 1.5, "derivative": "difference", "normal": "clamp"},
-        "upwind": {"difference_step": 0.5, "norm_floor": 1.0},
         "semi": {
             "derivative": "semi",
             "difference_step": 0.2,

@@ -100,6 +100,11 @@ class SCMTrainer(Scales, Dropping):
     proofs: ClassVar = {
         "distillation": Proof(("gaussian", "classes"), UNIFORM | {"optim": CALM}, effort=0.8),
         "plain tangent": Proof(("gmm1d",), UNIFORM | PLAIN | {"optim": CALM}, effort=0.8),
+        "looking back": Proof(
+            ("gaussian",),
+            UNIFORM | {"derivative": "upwind", "difference_step": 0.01, "optim": CALM},
+            effort=0.8,
+        ),
         "training": Proof(
             ("gaussian",),
             UNIFORM | PLAIN | {"cosine": False, "velocity": "data", "optim": CALM},

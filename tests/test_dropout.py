@@ -14,26 +14,42 @@ from tests.helpers import batch_of, dit_teacher, make, mlp_teacher, run, same, s
 METHODS = (("consistency", {}), ("consistency", {"target": "ema"}), ("scm", {}), ("pcm", {}))
 
 
+def drop(share: float, seed: int, index: Tensor) -> Drop:
+    return Drop(share, lambda layer, count: Rng(seed).bits(layer, index, count))
+
+
 @pytest.mark.parametrize("teacher", [dit_teacher, unet_teacher])
-def test_calls_drop_by_the_seed_alone(teacher) -> None:
-    den = teacher()
+def test_what_a_sample_drops_is_its_own_in_every_call_and_batch(teacher) -> None:
+    den, index = teacher(), torch.arange(4)
     batch = batch_of(make("consistency", den, batch_size=4), 0)
     t, x_t = torch.full((4,), 0.5), torch.randn(4, *den.sample_shape)
 
-    def said(drop: Drop | None) -> Tensor:
-        den.dropout = drop
+    def said(dropout: Drop | None, rows: slice = slice(None)) -> Tensor:
+        den.dropout = dropout
         with torch.no_grad():
-            out: Tensor = den(x_t, t, batch.cond).h
+            out: Tensor = den(x_t[rows], t[rows], batch.cond.rows(rows)).h
         den.dropout = None
         return out
 
     torch.manual_seed(3)
     state, whole = torch.random.get_rng_state(), said(None)
-    one, again, other = said(Drop(0.3, 1)), said(Drop(0.3, 1)), said(Drop(0.3, 2))
+    one, again, other = (said(drop(0.3, seed, index)) for seed in (1, 1, 2))
     assert torch.equal(one, again) and not torch.equal(one, other) and not torch.equal(one, whole)
+    half = slice(2, 4)
+    assert torch.allclose(said(drop(0.3, 1, index[half]), half), one[half], atol=1e-5)
     assert torch.equal(said(None), whole) and not den.net.training
     assert torch.equal(torch.random.get_rng_state(), state)
-    assert not any(layer.training for layer in droppers(den.net))
+
+
+def test_a_mask_keeps_its_share_and_the_mean() -> None:
+    like = torch.empty(64, 33, 7, dtype=torch.bfloat16)
+    mask = drop(0.3, 0, torch.arange(64)).mask("layer", like)
+    assert mask.shape == like.shape and mask.dtype == like.dtype
+    assert float((mask == 0).float().mean()) == pytest.approx(0.3, abs=0.01)
+    assert set(mask.unique().tolist()) == {0.0, float(torch.tensor(1 / 0.7).bfloat16())}
+    rows = (mask == 0).flatten(1).unique(dim=0)
+    assert len(rows) == 64  # no two samples' alike
+    assert bool(((mask == 0).float().mean(dim=0) > 0).all())
 
 
 @pytest.mark.parametrize(("method", "keys"), METHODS)
@@ -43,16 +59,17 @@ def test_student_and_target_drop_alike_and_the_teacher_not_at_all(method, keys) 
     held = [student, getattr(made, "target_net", None)]
     seen: list[tuple[str, Tensor]] = []
 
-    def watch(name: str, layer: torch.nn.Module) -> None:
-        def hook(_: object, args: tuple[Tensor], out: Tensor) -> None:
-            seen.append((name, (out == 0) & (args[0] != 0)))
+    def watch(name: str, net: torch.nn.Module) -> None:
+        def hook(_: object, args: tuple[Tensor]) -> None:
+            seen.append((name, args[0] == 0))
 
-        layer.register_forward_hook(hook)
+        behind = net.get_submodule("transformer_blocks.0.ff.net.2")
+        behind.register_forward_pre_hook(hook)
 
     for name, den in zip(("student", "target"), held, strict=True):
         if den is not None:
-            watch(name, droppers(den.net)[0])
-    watch("teacher", droppers(made.teacher.net)[0])
+            watch(name, den.net)
+    watch("teacher", made.teacher.net)
     loss = made.turns(0)[0].loss
     for step in range(2):
         loss(batch_of(made, step), Rng(0).at(step))
@@ -84,13 +101,37 @@ def test_what_cannot_drop_is_refused() -> None:
         UserError, match="^dropout: VectorMLP has no layers that drop; set dropout=null"
     ):
         make("scm", mlp_teacher(), dropout=0.1)
-    with pytest.raises(UserError, match="^dropout: what is computed a second time would not drop"):
-        make("consistency", dit_teacher(), dropout=0.1, gradient_checkpointing=True)
+    for key in ("gradient_checkpointing", "compile"):
+        with pytest.raises(
+            UserError, match=f"^dropout: networks do not drop with {key}; set {key}"
+        ):
+            make("consistency", dit_teacher(), dropout=0.1, **{key: True})
 
 
 def test_nothing_is_left_on_after_an_error() -> None:
     net = dit_teacher().net
-    with pytest.raises(RuntimeError), dropped(net, Drop(0.5, 0)):
-        assert all(layer.training and layer.p == 0.5 for layer in droppers(net))
+    with pytest.raises(RuntimeError), dropped(net, drop(0.5, 0, torch.arange(2))):
+        assert all(layer._forward_hooks for layer in droppers(net).values())
         raise RuntimeError
-    assert not any(layer.training or layer.p for layer in droppers(net))
+    assert not any(layer._forward_hooks for layer in droppers(net).values())
+
+
+def test_two_processes_drop_what_one_does() -> None:
+    """Each takes a half of the batch, by the samples' own numbers."""
+    keys = {"dropout": 0.3, "batch_size": 8}
+    one = make("consistency", dit_teacher(), **keys)
+    halves = [make("consistency", dit_teacher(), rank=k, world=2, **keys) for k in (0, 1)]
+    losses = []
+    for made in (one, *halves):
+        with torch.no_grad():
+            losses.append(float(made.turns(0)[0].loss(batch_of(made, 0), Rng(0).at(0)).value))
+    assert losses[0] == pytest.approx((losses[1] + losses[2]) / 2, rel=1e-5)
+
+
+def test_tcm_s_first_network_drops_too_where_it_is_the_target() -> None:
+    made = make("tcm", dit_teacher(), dropout=0.3, batch_size=4, steps=4)
+    assert len(made.compared()) == 2
+    made.prepare(3)
+    assert made.compared()[-1] is made.finished[0]
+    made.step(3, batch_of(made, 3))
+    assert all(net is None or net.dropout is None for net in made.compared())

@@ -90,6 +90,42 @@ def test_what_cannot_be_told_has_two_mends() -> None:
         make("rcm", dit_teacher(), lora=lora)
 
 
+def test_an_adapter_student_leaves_a_fake_score_that_is_told() -> None:
+    made = make("rcm", dit_teacher(), lora={"rank": 2, "players": ["student"]})
+    assert made.denoiser("critic").adapter.numbers(made.denoiser("critic").net) == ("steps",)
+
+
+def test_walks_that_the_sampler_does_not_take_are_refused() -> None:
+    with pytest.raises(
+        UserError, match="^own_steps=3: the sampler takes 1, 2, 4, 8 steps; set one"
+    ):
+        make("rcm", mlp_teacher(), own_steps=3)
+    assert make("rcm", mlp_teacher(), own_steps=3, own_walk="drawn").counts == (1, 2, 3)
+
+
+def test_the_first_image_of_any_walk_is_judged_as_that_of_one_step() -> None:
+    made = make("rcm", mlp_teacher(), batch_size=4, own_steps=8)
+    batch, seen = batch_of(made, 0), set()
+    for step in range(40):
+        rng = Rng(0).at(step)
+        count = made.counts[rng.integer("own-steps", 4)]
+        z = made.z(batch, rng, "own-z")
+        exits = len(made.walked(z, count, batch, rng, whole=False))
+        told = made.sampled(batch, rng, graph=True)[1].steps
+        assert set(told.tolist()) == {count if exits > 1 else 1}
+        seen.add((count, exits))
+    assert {(1, 1), (2, 1), (2, 2), (4, 1)} <= seen and all(1 <= e <= n for n, e in seen)
+
+
+def test_a_fake_score_that_is_told_nothing_hears_of_one_step() -> None:
+    """As when a step that was not finite is asked for its cause."""
+    made = make("rcm", dit_teacher(), batch_size=4)
+    batch, critic = batch_of(made, 0), made.denoiser("critic")
+    t = torch.full((4,), 0.5)
+    one = critic(batch.x, t, replace(batch.cond, steps=torch.ones(4))).x
+    assert torch.equal(critic(batch.x, t, batch.cond).x, one)
+
+
 def test_a_fake_score_that_is_told_steps_heeds_them_once_trained() -> None:
     made = make("rcm", dit_teacher(), batch_size=8, alone=0, critic_steps=1, steps=8)
     batch, critic = batch_of(made, 0), made.denoiser("critic")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Literal
 
 from stepdistill.adapters import lora
 from stepdistill.adapters.recompute import recompute
@@ -18,19 +19,26 @@ def role_of(name: str) -> str:
     return re.sub(r"_\d+$", "", name)
 
 
-def told(config: TrainConfig, source: Denoiser, *numbers: str, instead: str = "") -> Denoiser:
+def told(
+    config: TrainConfig,
+    source: Denoiser,
+    *numbers: str,
+    role: Literal["student", "critic"] = "student",
+    instead: str = "",
+) -> Denoiser:
     """A copy of a network that is also told numbers, by name; for now it does not heed them.
 
     Args:
-        config: of the run, whose ``lora`` must be off.
+        config: of the run, whose ``lora`` must be off for the role.
         source: the network.
         numbers: what it is told.
+        role: that the copy is for.
         instead: the key, with its value, by which it would not be.
 
     Raises:
         UserError: adapters, or it is not known how its network embeds its time.
     """
-    if config.lora is not None:
+    if config.lora is not None and role in config.lora.players:
         names = {"end": "end of a step", "steps": "number of steps"}
         what = names.get(numbers[0], numbers[0])
         mend = f"{instead} or lora=null" if instead else "lora=null"

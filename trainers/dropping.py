@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pydantic import Field
 
 from stepdistill.adapters.dropout import Drop, droppers
+from stepdistill.data.batch import Batch
 from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.run.errors import UserError
 from stepdistill.run.rng import Rng
@@ -22,8 +23,8 @@ class DroppingConfig(TrainConfig):
         None,
         gt=0,
         lt=1,
-        description="share that the student's dropout layers drop while it trains, the same in all "
-        "passes that are compared; null: none, as the teacher",
+        description="share that the student's dropout layers drop in what it compares of its own, "
+        "the same entries of a sample in all of these passes; null: none",
     )
 
 
@@ -36,27 +37,34 @@ class Dropping(Trainer):
         """To be called by ``setup``.
 
         Raises:
-            UserError: no layer would drop, or what is recomputed would not.
+            UserError: no layer would drop, or a compiled or recomputed one would not.
         """
-        c = self.config
-        if c.dropout and not droppers(self.teacher.net):
+        c, net = self.config, self.initial.net
+        if c.dropout is None:
+            return
+        if not droppers(net):
             raise UserError(
-                f"dropout: {type(self.teacher.net).__name__} has no layers that drop; set dropout="
-                "null"
+                f"dropout: {type(net).__name__} has no layers that drop; set dropout=null"
             )
-        if c.dropout and c.gradient_checkpointing:
-            raise UserError(
-                "dropout: what is computed a second time would not drop; set "
-                "gradient_checkpointing=false or dropout=null"
-            )
+        for key in ("compile", "gradient_checkpointing"):
+            if getattr(c, key):
+                raise UserError(
+                    f"dropout: networks do not drop with {key}; set {key}=false or dropout=null"
+                )
 
     @contextmanager
-    def dropping(self, rng: Rng, *networks: Denoiser | None) -> Iterator[None]:
-        """Calls of these networks in this context drop alike, anew each step and process."""
+    def dropping(self, batch: Batch, rng: Rng, *networks: Denoiser | None) -> Iterator[None]:
+        """Calls of these networks with the whole batch drop alike in this context.
+
+        What is dropped is a function of the seed, the step and a sample's index, as all noise is.
+        """
         if self.config.dropout is None:
             yield
             return
-        drop = Drop(self.config.dropout, rng.integer(f"dropout-{self.rank}", 2**31))
+        drop = Drop(
+            self.config.dropout,
+            lambda layer, count: rng.bits(f"dropout-{layer}", batch.index, count),
+        )
         found = [net for net in networks if net is not None]
         for net in found:
             net.dropout = drop

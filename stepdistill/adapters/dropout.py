@@ -1,13 +1,18 @@
-"""Dropout that is the same in every call: what is dropped is drawn by a seed."""
+"""Dropout that is the same in every call: what a sample's layers drop is drawn by its number."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+SHIFTS = (0, 16, 32, 48)  # of the four draws in a word
+LEVELS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -15,33 +20,44 @@ class Drop:
     """What a network's dropout layers drop.
 
     Args:
-        share: of their entries, in [0, 1).
-        seed: by which these are drawn, the same in every call of as large a batch.
+        share: of their entries, in (0, 1), to the nearest of 65,536ths.
+        words: by a layer's name and their count, random 64-bit words [B, count] of the samples.
     """
 
     share: float
-    seed: int
+    words: Callable[[str, int], Tensor]
+
+    def mask(self, layer: str, like: Tensor) -> Tensor:
+        """What a layer's entries [B, ...] are multiplied by: 0, or 1 / (1 - share)."""
+        count = math.prod(like.shape[1:])
+        words = self.words(layer, -(-count // len(SHIFTS)))
+        draws = torch.stack([(words >> shift) & (LEVELS - 1) for shift in SHIFTS], dim=2)
+        kept = draws.flatten(1)[:, :count].reshape(like.shape) >= round(self.share * LEVELS)
+        return kept.to(like.dtype) / (1 - self.share)
 
 
-def droppers(net: nn.Module) -> list[nn.Dropout]:
-    """The dropout layers of a network, whether they drop or not."""
-    return [module for module in net.modules() if isinstance(module, nn.Dropout)]
+def droppers(net: nn.Module) -> dict[str, nn.Module]:
+    """The dropout layers of a network by name, whether they drop or not."""
+    return {name: part for name, part in net.named_modules() if isinstance(part, nn.Dropout)}
 
 
 @contextmanager
 def dropped(net: nn.Module, drop: Drop | None) -> Iterator[None]:
-    """Calls of a network in this context drop; torch's own randomness goes on as it was."""
-    if drop is None:
+    """Calls of a network, which itself is left in eval mode, drop in this context."""
+    handles = []
+    if drop is not None:
+        handles = [
+            layer.register_forward_hook(_hook(drop, name)) for name, layer in droppers(net).items()
+        ]
+    try:
         yield
-        return
-    device, found = next(net.parameters()).device, droppers(net)
-    shares = [layer.p for layer in found]
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(drop.seed)
-        for layer in found:
-            layer.p, layer.training = drop.share, True
-        try:
-            yield
-        finally:
-            for layer, share in zip(found, shares, strict=True):
-                layer.p, layer.training = share, False
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hook(drop: Drop, name: str) -> Any:
+    def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        return output * drop.mask(name, output)
+
+    return hook

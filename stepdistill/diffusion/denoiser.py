@@ -83,7 +83,8 @@ class Denoiser(Branch):
     """A network that estimates the clean and noise parts of a noisy state.
 
     The network always runs in eval mode: dropout, and the label dropout that some backbones do by
-    themselves in train mode, would make targets random. What ``dropout`` says is drawn by its seed.
+    themselves in train mode, would make targets random. What ``dropout`` drops is drawn by
+    the samples' own numbers.
 
     Args:
         net: any module that ``adapter`` knows.
@@ -194,8 +195,8 @@ class Denoiser(Branch):
         if "guidance" in taken:
             own = torch.full_like(t, self.scale)
             numbers["guidance"] = 1 - 1 / (own if cond.guidance is None else cond.guidance)
-        if "steps" in taken and cond.steps is not None:
-            numbers["steps"] = 1 - 1 / cond.steps
+        if "steps" in taken:
+            numbers["steps"] = torch.zeros_like(t) if cond.steps is None else 1 - 1 / cond.steps
         return self.adapter.telling(self.net, numbers)
 
     def length(self, t: Tensor, end: Tensor | None) -> Tensor:

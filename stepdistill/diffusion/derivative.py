@@ -58,9 +58,9 @@ def along(
     differentiated or turns fast (rCM, spec 1.10).
 
     What is learnt by its own derivative in time, as a consistency function is, is carried from
-    clean times to noisy ones, as by a wind. Ways that look back, upwind, damp whatever their step
-    does not resolve. Forward mode and central differences damp nothing, so that what training stirs
-    up there grows, as in every transport equation that is stepped on with a centred scheme.
+    clean times to noisy ones, as by a wind. Ways that look back, upwind, damp most of what their
+    step does not resolve. Forward mode and central differences damp nothing, so that what training
+    stirs up there grows, as in a transport equation that is stepped on with a centred scheme.
 
     Differences step in rectified flow's time, which is as fine at every noise level of every
     process, along the path whose clean and noise parts stay. Where steps of ``cond`` end stays as

@@ -40,8 +40,8 @@ class MDTDistConfig(TrainConfig):
     distillation: float = Field(1.0, ge=0, description="weight of velocity distillation; 0: none")
     derivative: Way = Field(
         "jvp",
-        description="how du/dt is taken: forward mode, or a finite difference, which is steadier "
-        "where a network's time embedding turns fast (DiT)",
+        description="how du/dt is taken: see ``bench jvp``; differences that look back damp most "
+        "of what their step does not resolve, forward mode nothing",
     )
     difference_step: float = Field(
         0.01, ge=0.005, le=0.1, description="step of the difference, in flow time"

@@ -216,7 +216,7 @@ class ConsistencyTrainer(Scales, Dropping):
                 x_r = self.solve(self.solver, x_t, t, r, batch, rng)
             else:
                 x_r = self.noised(r, batch, rng)
-        with self.dropping(rng, student, self.target_net):
+        with self.dropping(batch, rng, *self.compared()):
             with torch.no_grad():
                 target = self.aim(x_r, r, end, batch)
             estimate = self.jump(student, x_t, t, end, batch)
@@ -227,6 +227,10 @@ class ConsistencyTrainer(Scales, Dropping):
             loss = loss + part
         logs = {"loss": loss, "distance": delta.abs().mean(), **more}
         return Loss(loss, logs | sample_parts(estimate))
+
+    def compared(self) -> list[Denoiser | None]:
+        """The networks whose estimates are compared."""
+        return [self.denoiser(self.active), self.target_net]
 
     def aim(self, x_r: Tensor, r: Tensor, end: Tensor, batch: Batch) -> Tensor:
         """What the estimates are pulled to: the student's, or its average's, of the states at r."""

@@ -43,8 +43,8 @@ class MeanFlowConfig(JumpConfig):
     derivative: Way = Field(
         "upwind",
         description="how the derivative along the flow is taken, see ``bench jvp``: upwind looks "
-        "back in time and damps what its step does not resolve; forward mode (published) is exact, "
-        "fast waves of time embeddings included, and damps nothing",
+        "back in time and damps most of what its step does not resolve; forward mode (published) "
+        "is exact, fast waves of time embeddings included, and damps nothing",
     )
     power: float = Field(
         1.0, ge=0, le=1, description="losses are divided by (loss + power_floor)^power; 0: plain"

@@ -80,7 +80,8 @@ class RCMTrainer(SCMTrainer):
     within a step; and the student's own samples are, unless ``own_walk: drawn``, what its sampler
     makes in a drawn number of steps. The fake score is told this number: it would else hold their
     mixture alone to the teacher's law, in which what one step lacks may be what many have too
-    much. The pull goes to the images of any of these steps.
+    much. The pull goes to the images of any of these steps: those of the first by the fake score of
+    one step, whose images they are, others by that of the whole walk, which is not their own.
     """
 
     Config = RCMConfig
@@ -102,10 +103,15 @@ class RCMTrainer(SCMTrainer):
         """Student and fake score, both from the teacher.
 
         Raises:
-            UserError: the fake score would never train.
+            UserError: the fake score would never train, or walks of steps that the sampler has not.
         """
         super().setup()
         c = self.config
+        if c.own_walk == "grid" and c.own_steps not in self.sizes:
+            raise UserError(
+                f"own_steps={c.own_steps}: the sampler takes {', '.join(map(str, self.sizes))} "
+                "steps; set one of these, or own_walk=drawn"
+            )
         if self.alone >= c.steps:
             raise UserError(
                 f"alone={self.alone} leaves the fake score none of steps={c.steps}; lower it"
@@ -113,7 +119,7 @@ class RCMTrainer(SCMTrainer):
         total = (c.steps - self.alone) * c.critic_steps
         first = self.initial
         if self.counted:
-            first = told(c, first, "steps", instead="own_walk=drawn")
+            first = told(c, first, "steps", role="critic", instead="own_walk=drawn")
         self.add_player("critic", first, c.critic, ema=False, total=total, copy=not self.counted)
 
     @cached_property
@@ -203,7 +209,9 @@ class RCMTrainer(SCMTrainer):
             x_t = self.process.noise(x, self.z(batch, rng, f"own-e-{place}"), later)
         with torch.set_grad_enabled(graph):
             pred: Prediction = student(x_t, times[-1], cond)
-        return pred.x, replace(cond, steps=full(z, count)) if self.counted else cond
+        if self.counted:  # the first image of any walk is that of one step
+            cond = replace(cond, steps=full(z, count if len(times) > 1 else 1))
+        return pred.x, cond
 
     def walked(self, z: Tensor, count: int, batch: Batch, rng: Rng, *, whole: bool) -> list[Tensor]:
         """The times [B] of a walk of ``count`` steps, or of as many as lead to a drawn one."""

@@ -74,8 +74,8 @@ class SCMConfig(ScalesConfig, DroppingConfig):
     derivative: Way = Field(
         "upwind",
         description="how the derivative along the path is taken, see ``bench jvp``: upwind looks "
-        "back in time and damps what its step does not resolve; forward mode is exact, fast waves "
-        "of time embeddings included, and damps nothing",
+        "back in time and damps most of what its step does not resolve; forward mode is exact, "
+        "fast waves of time embeddings included, and damps nothing",
     )
     difference_step: float = Field(
         0.05, gt=0, le=0.5, description="of the difference, in flow time; upwind takes two"
@@ -86,8 +86,8 @@ class SCMTrainer(Scales, Dropping):
     """sCM (Lu and Song 2024): sCD, and with ``velocity: data`` sCT; spec M9.
 
     Here: in the network's own process and time, whatever they are, and without changes to it, but
-    for ``guidance_range``. What makes it stable is a
-    derivative that looks back in time (``derivative``), where the paper changes the network.
+    for ``guidance_range``. What makes it stable is a derivative that looks back in time
+    (``derivative``), where the paper changes the network.
     """
 
     Config = SCMConfig
@@ -200,7 +200,7 @@ class SCMTrainer(Scales, Dropping):
         c, student = self.config, self.denoiser("student")
         at = Angle.of(self.process, t, self.data, cosine=c.cosine)
         k = self.process.coefs(t).expand(x_t)
-        with self.dropping(rng, student):
+        with self.dropping(batch, rng, student):
             pred = student(x_t, t, batch.cond)
             found = self.field(pred)
             slope = rate(

@@ -141,6 +141,10 @@ class TCMTrainer(ConsistencyTrainer):
         first = self.jump(self.players[WHOLE].denoiser, x_r, r, end, batch)
         return torch.where(expand(r < self.boundary, own), first, own)
 
+    def compared(self) -> list[Denoiser | None]:
+        """See :meth:`ConsistencyTrainer.compared`; in the second stage the first network too."""
+        return [*super().compared(), *self.finished]
+
     def worth(self, t: Tensor, r: Tensor) -> Tensor:
         """See :meth:`ConsistencyTrainer.worth`; samples at the border have a mean of their own."""
         own = super().worth(t, r)

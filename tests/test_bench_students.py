@@ -30,9 +30,9 @@ def bench(tmp_path, monkeypatch) -> Bench:
 
     def run(self: Fleet, *arguments: str) -> int:
         assert arguments[0] == students.__name__
-        file = Path(arguments[3])
+        file = Path(arguments[2])
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps({"steps": 7, "seconds_a_step": 1.5}))
+        file.write_text(json.dumps({"seconds_a_step": 1.5, "pass_seconds": 0.5}))
         return 0
 
     def train(self: Fleet, config: str, folder: Path, *keys: str) -> int:
@@ -178,11 +178,18 @@ def test_a_record_of_another_budget_or_of_nothing_is_refused(bench, tmp_path) ->
         made(tmp_path)
 
 
-def test_a_plan_counts_the_time_of_a_step(tmp_path) -> None:
+def test_a_plan_counts_the_time_of_a_step_in_that_of_a_pass(tmp_path) -> None:
     file = tmp_path / "plan.json"
-    students.plan_steps("sim-digits", 5.0, file, ["batch_size=8", "device=cpu"])
-    plan = json.loads(file.read_text())
-    assert plan["steps"] == max(1, round(5.0 / plan["seconds_a_step"]))
+    students.time_steps("sim-digits", file, ["batch_size=8", "device=cpu"])
+    found = json.loads(file.read_text())
+    assert found["seconds_a_step"] > 0 and found["pass_seconds"] > 0
+    bench, entry = made(tmp_path), entries_of(["sim-digits"], [1], "0")[0]
+    first = bench.plan(entry, seconds_a_step=0.5, pass_seconds=0.1)
+    assert (first.steps, bench.record.pass_seconds) == (20, 0.1)
+    slow = bench.plan(entry, seconds_a_step=1.0, pass_seconds=0.2)  # the same on half a machine
+    assert (slow.steps, slow.seconds_a_step, bench.record.pass_seconds) == (20, 0.5, 0.1)
+    bench.keep()
+    assert made(tmp_path).record.pass_seconds == 0.1
 
 
 def test_the_table_is_by_fd_with_spread_and_replaces_its_own_section(tmp_path) -> None:

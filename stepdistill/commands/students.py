@@ -3,7 +3,9 @@
 Each run is a training of its own, one core each. Its number of steps is its budget over the time
 that a step takes, measured before the first run; a student for any number of sampler steps is
 trained once for all. Plans and figures are kept in a record; what it holds is not made again, so a
-benchmark that was stopped goes on, and one that is in the record from elsewhere is finished here.
+benchmark that was stopped goes on, and one that is in the record from elsewhere is finished here:
+times are told in those of a pass of the shipped teacher, so that budgets are as large on a slow day
+as on the day that the record was begun.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Lock
@@ -29,17 +31,20 @@ from stepdistill.commands.read import read_config
 from stepdistill.commands.students_table import replace_section, section
 from stepdistill.commands.train import Source
 from stepdistill.commands.watch import Watch
+from stepdistill.diffusion.cond import Cond
 from stepdistill.eval.runner import Reference, Row
+from stepdistill.run.assets import load_teacher
 from stepdistill.run.errors import CheckFailed, UserError
 from stepdistill.run.files import write_text
 
 TEACHER_STEPS = (1, 2, 4, 8, 32)
 WARM, TIMED = 2, 6
+PASS = 128  # samples of the pass that a machine is measured by
 PARTS = 0.125, 0.375, 0.625, 0.875  # of a run whose steps are timed: stages may differ
 
 
 class Plan(BaseModel):
-    """How many training steps fit into the budget, and by what time a step."""
+    """How many training steps fit into the budget, and by what time a step where it was begun."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -58,12 +63,22 @@ class Figures(BaseModel):
 
 
 class Record(BaseModel):
-    """All that a benchmark has found so far."""
+    """All that a benchmark has found so far.
+
+    Args:
+        seconds: training budget of each run.
+        num: samples of each evaluation.
+        pass_seconds: what a pass of the shipped teacher took where the record was begun; None
+            before the first plan.
+        plans: by a config's name.
+        figures: by a run's.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
     seconds: float
     num: int
+    pass_seconds: float | None = None
     plans: dict[str, Plan] = {}
     figures: dict[str, Figures] = {}
 
@@ -191,15 +206,21 @@ class Bench:
         """Plan the steps of entries that are trained alike; returns the exit code."""
         entry = same[0]
         file = self.out / "plans" / f"{entry.plan}.json"
-        code = self.fleet.run(
-            __name__, entry.config, str(self.record.seconds), str(file), *entry.keys
-        )
+        code = self.fleet.run(__name__, entry.config, str(file), *entry.keys)
         if code == 0:
             with self.lock:
                 found = json.loads(file.read_text(encoding="utf-8"))
-                self.record.plans[entry.plan] = Plan(settings=entry.settings, **found)
+                self.record.plans[entry.plan] = self.plan(entry, **found)
                 self.keep()
         return code
+
+    def plan(self, entry: Entry, seconds_a_step: float, pass_seconds: float) -> Plan:
+        """A plan by the times of a step and of a pass, measured side by side."""
+        if self.record.pass_seconds is None:
+            self.record.pass_seconds = pass_seconds
+        each = seconds_a_step * self.record.pass_seconds / pass_seconds
+        steps = max(1, round(self.record.seconds / each))
+        return Plan(settings=entry.settings, steps=steps, seconds_a_step=each)
 
     def train(self, same: Sequence[Entry]) -> int:
         """Train a run, and judge it in the steps of its entries; returns the exit code."""
@@ -243,9 +264,11 @@ def read_record(file: Path, seconds: float, num: int) -> Record:
     return kept
 
 
-def plan_steps(config: str, seconds: float, file: Path, keys: Sequence[str]) -> None:
-    """Write how many training steps fit into a budget, by the medians of a few in all parts."""
+def time_steps(config: str, file: Path, keys: Sequence[str]) -> None:
+    """Write the time of a training step, by the medians of a few in all parts, and that of passes
+    of the shipped teacher between them."""
     torch.set_num_threads(1)
+    teacher_pass, passes = pass_of_teacher(), list[float]()
     with TemporaryDirectory() as folder:
         own = [f"run={folder}/run", "log.tensorboard=false"]
         cls, settings = read_config(config, [*keys, *own])
@@ -260,12 +283,26 @@ def plan_steps(config: str, seconds: float, file: Path, keys: Sequence[str]) -> 
                     began = _clock()
                     trainer.step(step, next(batches))
                     times.append(_clock() - began)
+                    began = _clock()
+                    teacher_pass()
+                    passes.append(_clock() - began)
                 even, odd = (statistics.median(times[WARM + k :: 2]) for k in (0, 1))
                 found_at.append((even + odd) / 2)  # steps may alternate
-    each = statistics.fmean(found_at)
-    found = {"steps": max(1, round(seconds / each)), "seconds_a_step": each}
+    found = {
+        "seconds_a_step": statistics.fmean(found_at),
+        "pass_seconds": statistics.median(passes),
+    }
     file.parent.mkdir(parents=True, exist_ok=True)
     write_text(file, json.dumps(found) + "\n")
+
+
+def pass_of_teacher() -> Callable[[], object]:
+    """A call of the shipped teacher on a batch, on the GPU if there is one."""
+    den = load_teacher(TEACHER)
+    den.to("cuda" if torch.cuda.is_available() else "cpu")
+    x_t = torch.zeros(PASS, *den.sample_shape, device=den.device)
+    cond = Cond(torch.zeros(PASS, dtype=torch.int64, device=den.device))
+    return torch.no_grad()(lambda: den(x_t, x_t[:, 0, 0, 0] + 0.5, cond))
 
 
 def _clock() -> float:
@@ -277,4 +314,4 @@ def _clock() -> float:
 
 
 if __name__ == "__main__":
-    plan_steps(sys.argv[1], float(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])
+    time_steps(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])

@@ -43,8 +43,9 @@ def section(
         f"{steps} --seconds {seconds:g}`; {num:,} samples against the digits, Frechet distance fd "
         "in the features of the shipped digits classifier; r is fd over the teacher's at 32 steps; "
         "mean ± standard deviation over seeds. Diversity is the mean pairwise distance of the "
-        "images, and its change against the teacher's. The budget is of one core, and counts steps "
-        "by the time that one takes, without the making of pairs; all learn the unguided teacher's "
+        "images, and its change against the teacher's. The budget is of one core of the machine "
+        "that the record was begun on, and counts steps by the time that one takes, in passes of a "
+        "teacher, without the making of pairs; all learn the unguided teacher's "
         "law, but those that say guided.",
         "",
         "| method | fd | r | diversity | seeds |",

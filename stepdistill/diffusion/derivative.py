@@ -84,24 +84,41 @@ def along(
     if way == "jvp":
         return slope(den, x_t, t, cond, view, d_x=velocity, d_t=torch.ones_like(t))
     with _bare(den), torch.autocast(x_t.device.type, enabled=False):
-        before, length = _back(den.process, t, cond, 2 * step if way == "upwind" else step)
-        quotient = expand(den.process.flow_rate(t) / length.clamp_min(LEAST), x_t)
-        left = expand(length > LEAST, x_t)  # of time, to step back in
         if way == "semi":
             value, moved = slope(den, x_t, t, cond, view, d_x=velocity)
-            back = view(den(x_t, before, cond))
-            return value, moved + torch.where(left, (value - back) * quotient, 0)
+            return value, moved + _behind(den, x_t, t, cond, value, view, "difference", step)
         if value is None or way == "central":
             value = view(den(x_t, t, cond))
         if way != "central":
-            back = view(den(_moved(den.process, x_t, t, velocity, before), before, cond))
-            change = value - back
-            if way == "upwind":
-                half = torch.where(length > LEAST, _later(den.process, before, length / 2), t)
-                middle = view(den(_moved(den.process, x_t, t, velocity, half), half, cond))
-                change = 4 * (value - middle) - change
-            return value, torch.where(left, change * quotient, 0)
+            return value, _behind(den, x_t, t, cond, value, view, way, step, velocity)
     return value, rate(den, x_t, t, cond, velocity, view, way=way, step=step)
+
+
+def _behind(
+    den: Denoiser,
+    x_t: Tensor,
+    t: Tensor,
+    cond: Cond,
+    value: Tensor,
+    view: View,
+    way: Way,
+    step: float,
+    velocity: Tensor | None = None,
+) -> Tensor:
+    """A difference by what is said earlier on a path; without its velocity, of the same states."""
+    process = den.process
+    before, length = _back(process, t, cond, 2 * step if way == "upwind" else step)
+
+    def said(to: Tensor) -> Tensor:
+        state = x_t if velocity is None else _moved(process, x_t, t, velocity, to)
+        return view(den(state, to, cond))
+
+    change = value - said(before)
+    if way == "upwind":
+        middle = torch.where(length > LEAST, _later(process, before, length / 2), t)
+        change = 4 * (value - said(middle)) - change
+    quotient = expand(process.flow_rate(t) / length.clamp_min(LEAST), x_t)
+    return torch.where(expand(length > LEAST, x_t), change * quotient, 0)
 
 
 @torch.no_grad()

@@ -90,7 +90,7 @@ class RCMTrainer(SCMTrainer):
     published_own: ClassVar = (0.0, 1.6)
     proofs: ClassVar = {
         "both": Proof(
-            ("gaussian",), UNIFORM | {"critic_steps": 1, "optim": CALM, "regularizer": 0.3}
+            ("gaussian",), UNIFORM | {"critic_steps": 1, "optim": CALM, "regularizer": 0.1}
         ),
         "both, plain tangent": Proof(
             ("gmm1d",),

@@ -268,12 +268,13 @@ def time_steps(config: str, file: Path, keys: Sequence[str]) -> None:
     """Write the time of a training step, by the medians of a few in all parts, and that of passes
     of the shipped teacher between them."""
     torch.set_num_threads(1)
-    teacher_pass, passes = pass_of_teacher(), list[float]()
+    passes = list[float]()
     with TemporaryDirectory() as folder:
         own = [f"run={folder}/run", "log.tensorboard=false"]
         cls, settings = read_config(config, [*keys, *own])
         with job(settings) as (processes, net):
             trainer = cls(settings, net, wrap=processes.wrap, autocast=processes.autocast)
+            teacher_pass = pass_of_teacher(trainer.device)
             batches = Source(trainer, processes, Watch(settings)).batches(0)
             found_at = []
             for part in PARTS:
@@ -296,12 +297,11 @@ def time_steps(config: str, file: Path, keys: Sequence[str]) -> None:
     write_text(file, json.dumps(found) + "\n")
 
 
-def pass_of_teacher() -> Callable[[], object]:
-    """A call of the shipped teacher on a batch, on the GPU if there is one."""
-    den = load_teacher(TEACHER)
-    den.to("cuda" if torch.cuda.is_available() else "cpu")
-    x_t = torch.zeros(PASS, *den.sample_shape, device=den.device)
-    cond = Cond(torch.zeros(PASS, dtype=torch.int64, device=den.device))
+def pass_of_teacher(device: torch.device) -> Callable[[], object]:
+    """A call of the shipped teacher on a batch."""
+    den = load_teacher(TEACHER).to(device)
+    x_t = torch.zeros(PASS, *den.sample_shape, device=device)
+    cond = Cond(torch.zeros(PASS, dtype=torch.int64, device=device))
     return torch.no_grad()(lambda: den(x_t, x_t[:, 0, 0, 0] + 0.5, cond))
 
 

@@ -74,7 +74,7 @@ def along(
         way: "jvp", "difference" or "upwind" backwards in time, "central" both ways, or "semi".
         step: of the difference, in flow time, of which upwind takes two; a sample at an earlier
             time takes its whole time.
-        value: the view [B, ...] where it is known in fp32, which spares ways that look back a call.
+        value: the view [B, ...] where it is known in fp32, which spares differences a call.
 
     Returns:
         The view and its derivative, each [B, ...].
@@ -87,7 +87,7 @@ def along(
         if way == "semi":
             value, moved = slope(den, x_t, t, cond, view, d_x=velocity)
             return value, moved + _behind(den, x_t, t, cond, value, view, "difference", step)
-        if value is None or way == "central":
+        if value is None:
             value = view(den(x_t, t, cond))
         if way != "central":
             return value, _behind(den, x_t, t, cond, value, view, way, step, velocity)

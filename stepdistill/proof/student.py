@@ -175,7 +175,7 @@ class Corrected(nn.Module):
         if self.rise is not None and self.values is not None:
             units = 1 / (1 - self.values["guidance"]) - 1
             fix = fix + units[:, None] * self.rise(x_t, t / self.span, label)
-        if self.walk is not None and self.values is not None and "steps" in self.values:
+        if self.walk is not None and self.values is not None:
             fix = fix + self.values["steps"][:, None] * self.walk(x_t, t / self.span, label)
         return fix if self.held[0] is None else self.held[0](x_t, t, label) + fix
 

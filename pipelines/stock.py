@@ -3,8 +3,14 @@
 Flows take ``FlowMatchEulerDiscreteScheduler``, of fresh noise where the student's steps are (spec
 1.12); variance-preserving students ``LCMScheduler`` for fresh noise and, for predicted noise,
 ``DDIMScheduler``, or ``DPMSolverMultistepScheduler`` of order one, which is the same and takes
-steps that are not even. Elsewhere the :class:`LiteralGridScheduler` walks alone: diffusers has no
-scheduler that does the same.
+steps that are not even. Elsewhere the :class:`LiteralGridScheduler` walks alone.
+
+Four of diffusers' schedulers for few steps are not written here. ``FlowMatchLCMScheduler`` does
+what ``FlowMatchEulerDiscreteScheduler`` does of fresh noise. ``SCMScheduler`` feeds its network
+TrigFlow's angles and states; students that learn by the angle (``scm``, ``sana_sprint``, ``rcm``,
+``tbcm``) keep their teacher's own times. ``TCDScheduler`` ends at the first entry of its table, not
+at the clean image. ``CMStochasticIterativeScheduler`` tells a network 1000 times what EDM's are
+told. All their walks are the literal grid's (tests/test_stock_schedulers.py).
 """
 
 from __future__ import annotations

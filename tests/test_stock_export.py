@@ -36,6 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "FlowMatchEulerDiscreteScheduler",
             [1, 0.75, 0.5, 0.25],
         ),
+        ("scm", [], "FlowMatchEulerDiscreteScheduler", [1, 0.75, 0.5, 0.25]),
         ("consistency", ["teacher=digits-unet"], "LCMScheduler", [767, 575, 383, 191]),
         (
             "pcm",
@@ -44,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             [767, 575, 383, 191],
         ),
     ],
-    ids=["flow, fresh", "flow, predicted", "table, fresh", "table, predicted"],
+    ids=["flow, fresh", "flow, predicted", "flow, by angle", "table, fresh", "table, predicted"],
 )
 def test_a_student_draws_the_same_on_it(folder, request, method, keys, name, walk) -> None:
     """The command itself compares all grids to 1e-5; here in what the folder is written."""

@@ -263,6 +263,7 @@ def bench_jvp(
 
 @bench.command("students")
 def bench_students(
+    overrides: Overrides = None,
     config: Annotated[
         list[str] | None, typer.Option(help="only these configs (may be repeated)")
     ] = None,
@@ -291,6 +292,7 @@ def bench_students(
         names=config,
         family=family,
         teacher=teacher,
+        overrides=overrides or (),
         steps=steps,
         seconds=seconds,
         seeds=seeds,

@@ -150,6 +150,22 @@ def test_every_shipped_teacher_has_students_of_its_own() -> None:
         entries_of(["sim-digits"], [1], "0", teacher="digits-unit")
 
 
+def test_overrides_are_of_all_that_take_part(capsys) -> None:
+    plain, other = (
+        entries_of(["ect-digits", "sim-digits"], [2], "0", overrides=keys)
+        for keys in ((), ("batch_size=32", "start=0.68"))
+    )
+    for one, two in zip(plain, other, strict=True):
+        config = read_config(two.config, two.keys)[1]
+        assert (config.batch_size, config.start) == (32, 0.68)
+        assert one.name == two.name and one.settings != two.settings
+    with pytest.raises(UserError, match="^seed=3: is not for overrides here; give --seeds"):
+        entries_of(["ect-digits"], [1], "0", overrides=["seed=3"])
+    with pytest.raises(UserError, match="no config takes part"):
+        entries_of(None, [1], "0", family="trajectory", overrides=["batch_sise=32"])
+    assert "did you mean batch_size" in capsys.readouterr().err
+
+
 def test_a_family_takes_part_by_its_name() -> None:
     found = {entry.method for entry in entries_of(None, [4], "0", family="trajectory")}
     assert found >= {"consistency", "pcm", "scm", "flow_map"} and not found & {"sim", "reflow"}

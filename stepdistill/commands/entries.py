@@ -15,6 +15,15 @@ from stepdistill.run.errors import UserError, hint
 from stepdistill.trainers.find import methods
 from stepdistill.trainers.settings import TrainConfig
 
+OPTIONS = {
+    "teacher": "--teacher",
+    "steps": "--seconds",
+    "seed": "--seeds",
+    "student_steps": "--steps",
+    "run": "--out",
+}
+"""Keys of configs that the benchmark sets, and by which option."""
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -77,13 +86,25 @@ def entries_of(
     *,
     teacher: str = TEACHER,
     family: str | None = None,
+    overrides: Sequence[str] = (),
 ) -> list[Entry]:
     """Every config with every number of steps that its student can have, and every seed.
 
+    Args:
+        names: of configs, or their files; all that make a teacher faster if None.
+        steps: numbers of sampler steps.
+        seeds: by commas.
+        teacher: name of the shipped teacher.
+        family: of methods, whose configs alone take part where none are named.
+        overrides: keys with values for all of them.
+
     Raises:
         UserError: no such config, teacher or family, a named config whose student cannot have so
-            many steps, or bad seeds.
+            many steps, bad seeds, or overrides of what options say or that fit no config.
     """
+    for key in overrides:
+        if (option := OPTIONS.get(key.partition("=")[0])) is not None:
+            raise UserError(f"{key}: is not for overrides here; give {option}")
     if teacher not in TEACHERS:
         raise UserError(f"--teacher {teacher}: not shipped; {hint(teacher, TEACHERS)}")
     found = []
@@ -91,12 +112,14 @@ def entries_of(
         plain: Plain | None = None
         for number in steps:
             try:
-                plain = plain or taking_part(name, teacher)
+                plain = plain or taking_part(name, teacher, overrides)
                 found.append(plain.entry(number))
             except UserError as error:
                 if names:
                     raise UserError(f"--config {name}: {error}") from error
                 print(f"{name} in {number} steps is left out: {error}", file=sys.stderr)
+    if not found:
+        raise UserError("no config takes part; the lines above say why of each")
     numbers = whole_numbers("--seeds", seeds, least=0)
     return [replace(one, seed=seed) for seed in numbers for one in found]
 
@@ -168,18 +191,18 @@ class Plain:
         return Entry(self.name, self.teacher, steps, 0, keys, self.any_steps, known)
 
 
-def taking_part(name: str, teacher: str) -> Plain:
+def taking_part(name: str, teacher: str, overrides: Sequence[str] = ()) -> Plain:
     """A config as it takes part: unguided where the method does not insist, of the teacher's law.
 
     Raises:
         UserError: no such config, or one that cannot be trained so.
     """
-    cls, config = read_config(name)
+    cls, config = read_config(name, overrides)
     if not cls.shortens:
         raise UserError(f"{config.method} makes no teacher faster")
-    keys = [f"teacher={teacher}"] if config.teacher != teacher else []
+    keys = [*overrides] + ([f"teacher={teacher}"] if config.teacher != teacher else [])
     if config.guidance != 1:
-        plain = read_config(name, ["guidance=1"])[1]
+        plain = read_config(name, [*overrides, "guidance=1"])[1]
         insists = plain.guided or getattr(plain, "guides_fake", False)
         keys += [] if insists else ["guidance=1"]
     settings, found = trained(name, teacher, keys)

@@ -89,6 +89,7 @@ def students(
     names: Sequence[str] | None,
     family: str | None = None,
     teacher: str = TEACHER,
+    overrides: Sequence[str] = (),
     steps: str,
     seconds: float,
     seeds: str,
@@ -104,6 +105,7 @@ def students(
         names: configs; all that make a digits teacher faster if none.
         family: of methods, whose configs alone take part where none are named.
         teacher: name of the shipped teacher.
+        overrides: keys with values that all take part with.
         steps: sampler steps of the students, by commas.
         seconds: training budget of each.
         seeds: by commas.
@@ -118,7 +120,7 @@ def students(
         CheckFailed: a training ended with an error; its own line tells why.
     """
     sampled = whole_numbers("--steps", steps)
-    entries = entries_of(names, sampled, seeds, teacher=teacher, family=family)
+    entries = entries_of(names, sampled, seeds, teacher=teacher, family=family, overrides=overrides)
     reference = open_reference("digits", None, METRICS, "cpu")
     bench = Bench(out, record or out / "record.json", reference, seconds, num)
     if recorded:
@@ -127,7 +129,7 @@ def students(
             raise UserError(f"--recorded: {bench.file} holds no student of these in {steps} steps")
     rows = bench.rows(entries)
     walks = teacher_rows(reference, num, teacher, TEACHER_STEPS)
-    for table in tables(entries, rows, walks, seconds, num):
+    for table in tables(entries, rows, walks, seconds, num, overrides):
         print(table)
         if markdown is not None:
             replace_section(markdown, table)
@@ -135,7 +137,12 @@ def students(
 
 
 def tables(
-    entries: Sequence[Entry], rows: Sequence[Row], walks: Sequence[Row], seconds: float, num: int
+    entries: Sequence[Entry],
+    rows: Sequence[Row],
+    walks: Sequence[Row],
+    seconds: float,
+    num: int,
+    overrides: Sequence[str] = (),
 ) -> Iterator[str]:
     """A table for each number of sampler steps, by rising number."""
     guided = {e.method for e in entries if read_config(e.config, e.keys)[1].guides_law}
@@ -144,6 +151,7 @@ def tables(
             [row for row, entry in zip(rows, entries, strict=True) if entry.steps == steps],
             walks,
             teacher=entries[0].teacher,
+            overrides=overrides,
             steps=steps,
             seconds=seconds,
             num=num,

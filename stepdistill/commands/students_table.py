@@ -18,6 +18,7 @@ def section(
     walks: Sequence[Row],
     *,
     teacher: str,
+    overrides: Sequence[str] = (),
     steps: int,
     seconds: float,
     num: int,
@@ -29,24 +30,25 @@ def section(
         rows: the students', a run each.
         walks: the teacher's, by rising number of steps.
         teacher: its name.
+        overrides: keys with values that all took part with.
         steps: of the students.
         seconds: training budget of each.
         num: samples of each evaluation.
         guided: methods whose teacher is guided, which are told apart.
     """
-    best = walks[-1]
+    best, keys = walks[-1], "".join(f" {key}" for key in overrides)
     lines = [
         f"## Students of {teacher} in {steps} step{'s' if steps > 1 else ''}, {seconds:g} s of "
         "training each",
         "",
         f"{date.today()}, {versions()}; `stepdistill bench students --teacher {teacher} --steps "
-        f"{steps} --seconds {seconds:g}`; {num:,} samples against the digits, Frechet distance fd "
-        "in the features of the shipped digits classifier; r is fd over the teacher's at 32 steps; "
-        "mean ± standard deviation over seeds. Diversity is the mean pairwise distance of the "
-        "images, and its change against the teacher's. The budget is of one core of the machine "
-        "that the record was begun on, and counts steps by the time that one takes, in passes of a "
-        "teacher, without the making of pairs; all learn the unguided teacher's "
-        "law, but those that say guided.",
+        f"{steps} --seconds {seconds:g}{keys}`; {num:,} samples against the digits, Frechet "
+        "distance fd in the features of the shipped digits classifier; r is fd over the teacher's "
+        "at 32 steps; mean ± standard deviation over seeds. Diversity is the mean pairwise "
+        "distance of the images, and its change against the teacher's. The budget is of one core "
+        "of the machine that the record was begun on, and counts steps by the time that one "
+        "takes, in passes of a teacher, without the making of pairs; all learn the unguided "
+        "teacher's law, but those that say guided.",
         "",
         "| method | fd | r | diversity | seeds |",
         "| --- | ---: | ---: | ---: | ---: |",

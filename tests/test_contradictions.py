@@ -151,7 +151,7 @@ SAID = [
     ),
     (
         "hyper_sd-digits",
-        ("student_steps=4",),
+        ("student_steps=4", "adversary={student: 0.1}"),
         "adversary: does nothing in stages of 4 segments and more",
     ),
 ]

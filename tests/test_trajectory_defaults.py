@@ -115,6 +115,20 @@ def test_jumps_rest_less_where_the_student_begins_as_the_field() -> None:
     assert make("mean_flow", dit_teacher(), diagonal=0.5).resting == 0.5
 
 
+def test_pairs_of_predicted_noise_count_by_it() -> None:
+    """Where the clean estimate is a multiple of the output, and there alone."""
+    unet, t, r = load_teacher("digits-unet"), torch.tensor([0.75, 0.1]), torch.tensor([0.5, 0.05])
+    plain, even = (
+        make("consistency", unet, by_output=own, data={"source": "digits"}).worth(t, r)
+        for own in (False, None)
+    )
+    c = unet.process.coefs(t)
+    assert float(c.alpha[0] / c.sigma[0]) < 0.06 and float(c.alpha[1] / c.sigma[1]) > 1
+    torch.testing.assert_close(even / plain, (c.alpha / c.sigma).clamp_max(1))
+    with pytest.raises(UserError, match="^by_output: is of predicted noise, .* velocity; leave"):
+        make("consistency", dit_teacher(), by_output=True)
+
+
 def test_who_does_not_take_part_is_told(capsys) -> None:
     entries = entries_of(None, [2], "0", teacher="digits-unet", family="trajectory")
     found = {entry.method for entry in entries}

@@ -58,6 +58,11 @@ class ConsistencyConfig(ScalesConfig, DroppingConfig):
     weight: Plugged[PairWeight] = Field(
         default_factory=InverseGap, description="what a pair counts: one, or 1 / (t - r)"
     )
+    by_output: bool | None = Field(
+        None,
+        description="pairs also count min(1, alpha / sigma): as errors of predicted noise, not of "
+        "the clean estimate, which divides them by alpha; null: if noise is what is predicted",
+    )
     scratch: bool = Field(
         False,
         description="begin with fresh weights, and not the teacher's; with solver=data nothing is "
@@ -78,7 +83,9 @@ class ConsistencyTrainer(Scales, Dropping):
 
     iCT is ``scratch: true`` with ``solver: data`` and ``pairs: doubling``; ECT is ``solver: data``
     with ``pairs: ect``, from the teacher's weights. Here: pairs and their weight 1 / (t - r) are of
-    the process's own time, where ECT and iCT have noise levels.
+    the process's own time, where ECT and iCT have noise levels; and pairs of a network that
+    predicts noise count less where its clean estimate is a multiple of its output (``by_output``),
+    20 times where students begin, lest the noisiest drown all others.
     """
 
     Config = ConsistencyConfig
@@ -116,8 +123,8 @@ class ConsistencyTrainer(Scales, Dropping):
         """The student, and an average of it as the target where one is asked for.
 
         Raises:
-            UserError: guidance without a teacher's step, a beginning that is not to be had, or
-                random steps from where they forget all.
+            UserError: guidance without a teacher's step, a beginning that is not to be had, random
+                steps from where they forget all, or pairs counted by noise that is not predicted.
         """
         c = self.config
         self.check_dropout()
@@ -125,6 +132,11 @@ class ConsistencyTrainer(Scales, Dropping):
             raise UserError(
                 "guidance: solver=data asks the teacher nothing that could be guided; set "
                 "guidance=1 and no guidance_range"
+            )
+        if c.by_output and self.teacher.head.name != "eps":
+            raise UserError(
+                f"by_output: is of predicted noise, and the teacher predicts "
+                f"{self.teacher.head.name}; leave it out"
             )
         if c.scratch and c.lora is not None:
             raise UserError(
@@ -238,9 +250,12 @@ class ConsistencyTrainer(Scales, Dropping):
 
     def worth(self, t: Tensor, r: Tensor) -> Tensor:
         """The weight of each pair (t, r) [B]."""
-        return a_sample(
-            self.config.weight, "weight", self.config.weight(t, r, self.process), len(t)
-        )
+        weight, own = self.config.weight, self.config.by_output
+        each = a_sample(weight, "weight", weight(t, r, self.process), len(t))
+        if self.teacher.head.name == "eps" if own is None else own:
+            c = self.process.coefs(t)
+            each = each * (c.alpha / c.sigma).clamp_max(1)
+        return each
 
     def apart(self, delta: Tensor) -> Tensor:
         """The distance [B] that a difference of two estimates [B, C, *S] stands for."""

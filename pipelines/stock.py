@@ -6,11 +6,12 @@ Flows take ``FlowMatchEulerDiscreteScheduler``, of fresh noise where the student
 steps that are not even. Elsewhere the :class:`LiteralGridScheduler` walks alone.
 
 Four of diffusers' schedulers for few steps are not written here. ``FlowMatchLCMScheduler`` does
-what ``FlowMatchEulerDiscreteScheduler`` does of fresh noise. ``SCMScheduler`` feeds its network
-TrigFlow's angles and states; students that learn by the angle (``scm``, ``sana_sprint``, ``rcm``,
-``tbcm``) keep their teacher's own times. ``TCDScheduler`` ends at the first entry of its table, not
-at the clean image. ``CMStochasticIterativeScheduler`` tells a network 1000 times what EDM's are
-told. All their walks are the literal grid's (tests/test_stock_schedulers.py).
+what ``FlowMatchEulerDiscreteScheduler`` does of fresh noise. ``SCMScheduler`` walks in TrigFlow's
+angles, states and outputs; students that learn by the angle (``scm``, ``sana_sprint``, ``rcm``,
+``tbcm``) keep their teacher's own. ``TCDScheduler`` ends at the first entry of its table, not at
+the clean image. ``CMStochasticIterativeScheduler`` tells a network 1000 times what EDM's are told,
+and has scalings and noise of its own, by the distance to the least level. That the literal grid
+could take their steps, but for TCD's last, is held by tests/test_stock_schedulers.py.
 """
 
 from __future__ import annotations

@@ -158,12 +158,22 @@ def test_overrides_are_of_all_that_take_part(capsys) -> None:
     for one, two in zip(plain, other, strict=True):
         config = read_config(two.config, two.keys)[1]
         assert (config.batch_size, config.start) == (32, 0.68)
-        assert one.name == two.name and one.settings != two.settings
-    with pytest.raises(UserError, match="^seed=3: is not for overrides here; give --seeds"):
-        entries_of(["ect-digits"], [1], "0", overrides=["seed=3"])
+        assert two.plan.startswith(f"{one.student}-batch_size=32-start=0.68")
+        assert one.settings != two.settings and one.method == two.method
+    for key, mend in {"seed=3": "give --seeds", "guidance=2": "leave it out: all learn"}.items():
+        with pytest.raises(UserError, match=f"^{key}: the benchmark sets it; {mend}"):
+            entries_of(["ect-digits"], [1], "0", overrides=[key])
     with pytest.raises(UserError, match="no config takes part"):
         entries_of(None, [1], "0", family="trajectory", overrides=["batch_sise=32"])
-    assert "did you mean batch_size" in capsys.readouterr().err
+    assert (
+        capsys.readouterr().err.count("ect-digits is left out: override batch_sise=32: unknown key")
+        == 1
+    )
+    walks = [figures("teacher", 32, 0.5)]
+    told = {"teacher": "digits-dit", "seconds": 9, "num": 100, "guided": (), "steps": 1}
+    title = section(walks, walks, overrides=["batch_size=32", "optim={lr: 1}"], **told)
+    assert title.startswith("## Students of digits-dit in 1 step with batch_size=32 'optim")
+    assert "--seconds 9 batch_size=32 'optim={lr: 1}'`" in title
 
 
 def test_a_family_takes_part_by_its_name() -> None:

@@ -115,16 +115,23 @@ def test_jumps_rest_less_where_the_student_begins_as_the_field() -> None:
     assert make("mean_flow", dit_teacher(), diagonal=0.5).resting == 0.5
 
 
-def test_pairs_of_predicted_noise_count_by_it() -> None:
-    """Where the clean estimate is a multiple of the output, and there alone."""
-    unet, t, r = load_teacher("digits-unet"), torch.tensor([0.75, 0.1]), torch.tensor([0.5, 0.05])
-    plain, even = (
-        make("consistency", unet, by_output=own, data={"source": "digits"}).worth(t, r)
-        for own in (False, None)
-    )
-    c = unet.process.coefs(t)
-    assert float(c.alpha[0] / c.sigma[0]) < 0.06 and float(c.alpha[1] / c.sigma[1]) > 1
-    torch.testing.assert_close(even / plain, (c.alpha / c.sigma).clamp_max(1))
+@pytest.mark.parametrize(("method", "keys"), [("consistency", {}), ("pcm", {"student_steps": 2})])
+def test_estimates_of_predicted_noise_are_compared_by_it(method, keys) -> None:
+    """By as much as a landing moves with the output, where that is more than the output itself."""
+    unet, t = load_teacher("digits-unet"), torch.tensor([0.76, 0.7, 0.39, 0.1])
+    plain, even = (make(method, unet, by_output=own, **keys) for own in (False, None))
+    delta, end = torch.ones(4, 1, 8, 8), even.end(t)
+    c = unet.process.coefs(t).expand(delta)
+    x_t, h = torch.zeros_like(delta), torch.zeros_like(delta)
+    one, two = (even.landed(unet.prediction(said, x_t, c), end) for said in (h, h + 0.01))
+    moved = ((two - one).abs() / 0.01).mean(dim=(1, 2, 3))
+    assert moved[0] > 1 > moved[-1]
+    found = even.evened(delta, t, end).mean(dim=(1, 2, 3))
+    torch.testing.assert_close(found, 1 / moved.clamp_min(1), rtol=1e-3, atol=1e-3)
+    assert plain.evened(delta, t, end) is delta
+
+
+def test_no_other_output_is_noise() -> None:
     with pytest.raises(UserError, match="^by_output: is of predicted noise, .* velocity; leave"):
         make("consistency", dit_teacher(), by_output=True)
 
@@ -133,4 +140,4 @@ def test_who_does_not_take_part_is_told(capsys) -> None:
     entries = entries_of(None, [2], "0", teacher="digits-unet", family="trajectory")
     found = {entry.method for entry in entries}
     assert "dcm" in found and "flash_wam" not in found
-    assert "flash_wam-digits in 2 steps is left out: teacher: boundary" in capsys.readouterr().err
+    assert "flash_wam-digits is left out: teacher: boundary" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,14 +16,17 @@ from stepdistill.run.errors import UserError, hint
 from stepdistill.trainers.find import methods
 from stepdistill.trainers.settings import TrainConfig
 
-OPTIONS = {
-    "teacher": "--teacher",
-    "steps": "--seconds",
-    "seed": "--seeds",
-    "student_steps": "--steps",
-    "run": "--out",
+OWN = {
+    "method": "give --config",
+    "teacher": "give --teacher",
+    "steps": "give --seconds",
+    "seed": "give --seeds",
+    "student_steps": "give --steps",
+    "run": "give --out",
+    "resume": "leave it out: what was begun is gone on with",
+    "guidance": "leave it out: all learn the unguided law",
 }
-"""Keys of configs that the benchmark sets, and by which option."""
+"""Keys of configs that the benchmark sets, and what to do about one that is to be overridden."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class Entry:
         keys: overrides by which the config takes part.
         any_steps: whether one run serves every number of sampler steps.
         settings: hash of what it trains with, but for seed and number of training steps.
+        tag: what its overrides are told from others by, in names.
     """
 
     config: str
@@ -46,6 +51,7 @@ class Entry:
     keys: tuple[str, ...]
     any_steps: bool
     settings: str
+    tag: str = ""
 
     @property
     def stem(self) -> str:
@@ -54,9 +60,9 @@ class Entry:
 
     @property
     def student(self) -> str:
-        """Name of what it trains: its config, and its teacher but for the first one."""
+        """Name of what it trains: its config, its teacher but for the first one, overrides."""
         other = self.teacher != TEACHER
-        return self.stem + (f"-{self.teacher.removeprefix('digits-')}" if other else "")
+        return self.stem + (f"-{self.teacher.removeprefix('digits-')}" if other else "") + self.tag
 
     @property
     def plan(self) -> str:
@@ -100,11 +106,11 @@ def entries_of(
 
     Raises:
         UserError: no such config, teacher or family, a named config whose student cannot have so
-            many steps, bad seeds, or overrides of what options say or that fit no config.
+            many steps, bad seeds, or overrides of what the benchmark sets or that fit no config.
     """
     for key in overrides:
-        if (option := OPTIONS.get(key.partition("=")[0])) is not None:
-            raise UserError(f"{key}: is not for overrides here; give {option}")
+        if (mend := OWN.get(key.partition("=")[0])) is not None:
+            raise UserError(f"{key}: the benchmark sets it; {mend}")
     if teacher not in TEACHERS:
         raise UserError(f"--teacher {teacher}: not shipped; {hint(teacher, TEACHERS)}")
     found = []
@@ -117,7 +123,10 @@ def entries_of(
             except UserError as error:
                 if names:
                     raise UserError(f"--config {name}: {error}") from error
-                print(f"{name} in {number} steps is left out: {error}", file=sys.stderr)
+                part = f" in {number} steps" if plain else ""
+                print(f"{name}{part} is left out: {error}", file=sys.stderr)
+                if plain is None:
+                    break
     if not found:
         raise UserError("no config takes part; the lines above say why of each")
     numbers = whole_numbers("--seeds", seeds, least=0)
@@ -165,6 +174,7 @@ class Plain:
         settings: what it trains with.
         steps: the numbers of steps that its student can sample in.
         any_steps: whether one run serves all of them.
+        tag: see :class:`Entry`.
     """
 
     name: str
@@ -173,6 +183,7 @@ class Plain:
     settings: TrainConfig
     steps: list[int]
     any_steps: bool
+    tag: str
 
     def entry(self, steps: int) -> Entry:
         """Its training for so many steps, with seed 0.
@@ -188,7 +199,7 @@ class Plain:
         if steps not in found:
             raise UserError(f"its student has no {steps} steps")
         known = digest(settings)[:8]
-        return Entry(self.name, self.teacher, steps, 0, keys, self.any_steps, known)
+        return Entry(self.name, self.teacher, steps, 0, keys, self.any_steps, known, self.tag)
 
 
 def taking_part(name: str, teacher: str, overrides: Sequence[str] = ()) -> Plain:
@@ -207,7 +218,8 @@ def taking_part(name: str, teacher: str, overrides: Sequence[str] = ()) -> Plain
         keys += [] if insists else ["guidance=1"]
     settings, found = trained(name, teacher, keys)
     any_steps = len(found) > 1 or "student_steps" not in cls.Config.model_fields
-    return Plain(name, teacher, tuple(keys), settings, found, any_steps)
+    tag = "".join("-" + re.sub(r"[^\w.=-]+", "_", key) for key in overrides)
+    return Plain(name, teacher, tuple(keys), settings, found, any_steps, tag)
 
 
 def trained(name: str, teacher: str, keys: Sequence[str]) -> tuple[TrainConfig, list[int]]:

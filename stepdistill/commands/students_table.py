@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import statistics
 from collections.abc import Collection, Sequence
 from datetime import date
@@ -36,9 +37,10 @@ def section(
         num: samples of each evaluation.
         guided: methods whose teacher is guided, which are told apart.
     """
-    best, keys = walks[-1], "".join(f" {key}" for key in overrides)
+    best, keys = walks[-1], f" {shlex.join(overrides)}" if overrides else ""
     lines = [
-        f"## Students of {teacher} in {steps} step{'s' if steps > 1 else ''}, {seconds:g} s of "
+        f"## Students of {teacher} in {steps} step{'s' if steps > 1 else ''}"
+        f"{keys and ' with'}{keys}, {seconds:g} s of "
         "training each",
         "",
         f"{date.today()}, {versions()}; `stepdistill bench students --teacher {teacher} --steps "

@@ -60,8 +60,8 @@ class ConsistencyConfig(ScalesConfig, DroppingConfig):
     )
     by_output: bool | None = Field(
         None,
-        description="pairs also count min(1, alpha / sigma): as errors of predicted noise, not of "
-        "the clean estimate, which divides them by alpha; null: if noise is what is predicted",
+        description="compare estimates in units of the predicted noise where they are a larger "
+        "multiple of it, as clean ones are, by sigma / alpha; null: if noise is what is predicted",
     )
     scratch: bool = Field(
         False,
@@ -83,9 +83,10 @@ class ConsistencyTrainer(Scales, Dropping):
 
     iCT is ``scratch: true`` with ``solver: data`` and ``pairs: doubling``; ECT is ``solver: data``
     with ``pairs: ect``, from the teacher's weights. Here: pairs and their weight 1 / (t - r) are of
-    the process's own time, where ECT and iCT have noise levels; and pairs of a network that
-    predicts noise count less where its clean estimate is a multiple of its output (``by_output``),
-    20 times where students begin, lest the noisiest drown all others.
+    the process's own time, where ECT and iCT have noise levels; and a network that predicts
+    noise is held to its output where estimates are a larger multiple of it (``by_output``), 1 /
+    alpha at the noisiest, lest these times drown all others. What is beside the distance, such as
+    a discriminator, is not.
     """
 
     Config = ConsistencyConfig
@@ -124,7 +125,7 @@ class ConsistencyTrainer(Scales, Dropping):
 
         Raises:
             UserError: guidance without a teacher's step, a beginning that is not to be had, random
-                steps from where they forget all, or pairs counted by noise that is not predicted.
+                steps from where they forget all, or an output that is not noise.
         """
         c = self.config
         self.check_dropout()
@@ -233,7 +234,7 @@ class ConsistencyTrainer(Scales, Dropping):
                 target = self.aim(x_r, r, end, batch)
             estimate = self.jump(student, x_t, t, end, batch)
         delta = estimate - target
-        loss = (self.worth(t, r) * self.apart(delta)).mean()
+        loss = (self.worth(t, r) * self.apart(self.evened(delta, t, end))).mean()
         more = self.beside(estimate, target, end, batch, rng)
         for part in more.values():
             loss = loss + part
@@ -250,12 +251,18 @@ class ConsistencyTrainer(Scales, Dropping):
 
     def worth(self, t: Tensor, r: Tensor) -> Tensor:
         """The weight of each pair (t, r) [B]."""
-        weight, own = self.config.weight, self.config.by_output
-        each = a_sample(weight, "weight", weight(t, r, self.process), len(t))
-        if self.teacher.head.name == "eps" if own is None else own:
-            c = self.process.coefs(t)
-            each = each * (c.alpha / c.sigma).clamp_max(1)
-        return each
+        weight = self.config.weight
+        return a_sample(weight, "weight", weight(t, r, self.process), len(t))
+
+    def evened(self, delta: Tensor, t: Tensor, end: Tensor) -> Tensor:
+        """A difference [B, C, *S] of two estimates at ``end`` [B] of states at t [B], in units of
+        the network's output where it is a larger multiple of that."""
+        own = self.config.by_output
+        if not (self.teacher.head.name == "eps" if own is None else own):
+            return delta
+        c, to = self.process.coefs(t), self.process.coefs(end)
+        times = (to.alpha * c.sigma / c.alpha - to.sigma).clamp_min(1)
+        return delta / expand(times, delta)
 
     def apart(self, delta: Tensor) -> Tensor:
         """The distance [B] that a difference of two estimates [B, C, *S] stands for."""

@@ -66,7 +66,8 @@ class HyperSDTrainer(Opposed, SegmentsTrainer):
     here is ours, the distance stays beside it, and states are not perturbed. Also here: each stage
     begins at the averaged weights, with the whole schedule of the learning rate and new heads. Its
     human feedback and its one-step score part are runs of their own, of ``dmd`` with ``terms`` and
-    ``student``. The fixed point is that without a discriminator, and of fixed or told ends.
+    ``student``, for ends that are not told. The fixed point is that without a discriminator, and of
+    fixed or told ends.
     """
 
     Config = HyperSDConfig

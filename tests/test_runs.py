@@ -28,7 +28,7 @@ from tests.faults import FAULT
 from tests.recipes import DISTILS as METHODS
 from tests.recipes import KINDS, SHORT, command, recipe
 
-TOLD = {"flow_map", "mean_flow", "twin_flow", "lcm"}  # methods whose networks are told more
+TOLD = {"flow_map", "hyper_sd", "mean_flow", "twin_flow", "lcm"}  # networks told more
 
 
 def train(folder: Path, method: str, run: str, *more: str) -> Path:

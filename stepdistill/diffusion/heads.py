@@ -47,6 +47,11 @@ class Head:
         a, _, det = self.weights(c, sigma_data)
         return (c.alpha * h - a * x_t) / det
 
+    def motion(self, c: Coefs, sigma_data: float = 0.5) -> tuple[Tensor, Tensor]:
+        """How far the clean and the noise estimate go as the raw output goes by one."""
+        _, _, det = self.weights(c, sigma_data)
+        return -c.sigma / det, c.alpha / det
+
 
 def _x0(c: Coefs, _: float) -> tuple[Tensor, Tensor, Tensor]:
     one = torch.ones_like(c.alpha)

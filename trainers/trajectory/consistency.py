@@ -28,6 +28,7 @@ from stepdistill.run.ratios import sample_parts
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Loss, Pass, Turn
 from stepdistill.trainers.beginning import renewed
+from stepdistill.trainers.by_output import ByOutput, ByOutputConfig, Reading
 from stepdistill.trainers.dropping import Dropping, DroppingConfig
 from stepdistill.trainers.fixed_point import FixedPoint, Proof
 from stepdistill.trainers.solvers import Asked, Data, Euler, Solved, Solver, Walk
@@ -38,7 +39,7 @@ EVEN = {"t": {"kind": "uniform"}}
 LEAST = 1e-3  # share of the image below which a state is pure noise
 
 
-class ConsistencyConfig(ScalesConfig, DroppingConfig):
+class ConsistencyConfig(ScalesConfig, DroppingConfig, ByOutputConfig):
     """Settings of ``consistency``."""
 
     idle: ClassVar[Mapping[str, tuple[str, ...]]] = {"target_decay": ("target=stop_gradient",)}
@@ -58,11 +59,6 @@ class ConsistencyConfig(ScalesConfig, DroppingConfig):
     weight: Plugged[PairWeight] = Field(
         default_factory=InverseGap, description="what a pair counts: one, or 1 / (t - r)"
     )
-    by_output: bool | None = Field(
-        None,
-        description="compare estimates in units of the predicted noise where they are a larger "
-        "multiple of it, as clean ones are, by sigma / alpha; null: if noise is what is predicted",
-    )
     scratch: bool = Field(
         False,
         description="begin with fresh weights, and not the teacher's; with solver=data nothing is "
@@ -78,7 +74,7 @@ class ConsistencyConfig(ScalesConfig, DroppingConfig):
         return False
 
 
-class ConsistencyTrainer(Scales, Dropping):
+class ConsistencyTrainer(Scales, Dropping, ByOutput):
     """Discrete consistency: distillation (Song et al. 2023; LCM), ECT, iCT; specs M2 to M5.
 
     iCT is ``scratch: true`` with ``solver: data`` and ``pairs: doubling``; ECT is ``solver: data``
@@ -124,8 +120,8 @@ class ConsistencyTrainer(Scales, Dropping):
         """The student, and an average of it as the target where one is asked for.
 
         Raises:
-            UserError: guidance without a teacher's step, a beginning that is not to be had, random
-                steps from where they forget all, or an output that is not noise.
+            UserError: guidance without a teacher's step, a beginning that is not to be had, or
+                random steps from where they forget all.
         """
         c = self.config
         self.check_dropout()
@@ -133,11 +129,6 @@ class ConsistencyTrainer(Scales, Dropping):
             raise UserError(
                 "guidance: solver=data asks the teacher nothing that could be guided; set "
                 "guidance=1 and no guidance_range"
-            )
-        if c.by_output and self.teacher.head.name != "eps":
-            raise UserError(
-                f"by_output: is of predicted noise, and the teacher predicts "
-                f"{self.teacher.head.name}; leave it out"
             )
         if c.scratch and c.lora is not None:
             raise UserError(
@@ -234,7 +225,8 @@ class ConsistencyTrainer(Scales, Dropping):
                 target = self.aim(x_r, r, end, batch)
             estimate = self.jump(student, x_t, t, end, batch)
         delta = estimate - target
-        loss = (self.worth(t, r) * self.apart(self.evened(delta, t, end))).mean()
+        off = self.evened(delta, t, self.landing(end))
+        loss = (self.worth(t, r) * self.apart(off)).mean()
         more = self.beside(estimate, target, end, batch, rng)
         for part in more.values():
             loss = loss + part
@@ -254,15 +246,10 @@ class ConsistencyTrainer(Scales, Dropping):
         weight = self.config.weight
         return a_sample(weight, "weight", weight(t, r, self.process), len(t))
 
-    def evened(self, delta: Tensor, t: Tensor, end: Tensor) -> Tensor:
-        """A difference [B, C, *S] of two estimates at ``end`` [B] of states at t [B], in units of
-        the network's output where it is a larger multiple of that."""
-        own = self.config.by_output
-        if not (self.teacher.head.name == "eps" if own is None else own):
-            return delta
-        c, to = self.process.coefs(t), self.process.coefs(end)
-        times = (to.alpha * c.sigma / c.alpha - to.sigma).clamp_min(1)
-        return delta / expand(times, delta)
+    def landing(self, end: Tensor) -> Reading:
+        """What is compared of estimates at times ``end`` [B]."""
+        to = self.process.coefs(end)
+        return lambda x, z: to.alpha * x + to.sigma * z
 
     def apart(self, delta: Tensor) -> Tensor:
         """The distance [B] that a difference of two estimates [B, C, *S] stands for."""

@@ -133,7 +133,7 @@ class FlowMapTrainer(JumpTrainer):
             anywhere = self.config.form == "psd_u"
             place = rng.uniform("middle", batch.index) if anywhere else half
             u, gap = self.progressive(draw, place)
-        each = sum_square(gap)
+        each = sum_square(self.by_drift(gap, draw.t))
         loss, logs = each.mean(), {}
         if self.weigh is not None:
             logs = {"gap": loss}

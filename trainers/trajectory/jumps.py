@@ -20,18 +20,17 @@ from stepdistill.diffusion.sampler import NoiseSource
 from stepdistill.diffusion.timesteps import Density, Grid, Uniform
 from stepdistill.run.errors import UserError
 from stepdistill.run.rng import Rng
-from stepdistill.trainers.base import Trainer
 from stepdistill.trainers.beginning import renewed, told
+from stepdistill.trainers.by_output import ByOutput, ByOutputConfig
 from stepdistill.trainers.derived import known
 from stepdistill.trainers.fixed_point import FixedPoint, followed
-from stepdistill.trainers.settings import TrainConfig
 from stepdistill.trainers.trajectory.time_weight import TimeWeight
 
 CORNERS = {"kind": "u_shaped", "a": 4.0}
 """A proof's density of times: the longest steps, which are judged, are drawn as often as others."""
 
 
-class JumpConfig(TrainConfig):
+class JumpConfig(ByOutputConfig):
     """Settings of methods whose student is told where its step ends."""
 
     idle: ClassVar[Mapping[str, tuple[str, ...]]] = {"difference_step": ("derivative=jvp",)}
@@ -95,7 +94,7 @@ class Draw:
         return self.cond.ending(self.t)
 
 
-class JumpTrainer(Trainer):
+class JumpTrainer(ByOutput):
     """Base of methods that learn the average velocity u(x_t, t, r) of a step from t to r.
 
     All is stated in rectified flow's coordinates y = x_t / (alpha + sigma) and
@@ -193,6 +192,10 @@ class JumpTrainer(Trainer):
         x, z = self.parts(v, x_t, t)
         c = self.process.coefs(t).expand(x_t)
         return c.d_alpha * x + c.d_sigma * z
+
+    def by_drift(self, delta: Tensor, t: Tensor) -> Tensor:
+        """A difference in u [B, ...] at times t [B], see :meth:`ByOutput.evened`."""
+        return self.evened(delta, t, lambda x, z: z - x)
 
     def whole_slope(self, draw: Draw, v: Tensor, u: Tensor) -> Tensor:
         """The derivative of the student's u in flow time, along the field v, without a graph."""

@@ -118,7 +118,7 @@ class MeanFlowTrainer(JumpTrainer):
         v = self.field(draw)
         u = self.student(draw.x_t, draw.t, draw.told).drift
         u_s = self.whole_slope(draw, v, u)
-        square = sum_square(eulerian_gap(u, u_s, v, draw.way))
+        square = sum_square(self.by_drift(eulerian_gap(u, u_s, v, draw.way), draw.t))
         loss = power_weighted(square, c.power, c.power_floor).mean()
         x, _ = self.parts(u, draw.x_t, draw.t)
         return Loss(loss, {"loss": loss, "gap": square.mean()} | sample_parts(x))

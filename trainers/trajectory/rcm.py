@@ -169,7 +169,7 @@ class RCMTrainer(SCMTrainer):
     def both(self, batch: Batch, rng: Rng) -> Loss:
         """The tangent's loss, and the pull on the student's samples."""
         own = self.loss(batch, rng)
-        made, cond = self.sampled(batch, rng, graph=True)
+        made, at, cond = self.sampled(batch, rng, graph=True)
         t = self.drawn(self.own_times, rng.uniform("own-t", batch.index))
         x = made.detach()
         x_t = self.process.noise(x, self.z(batch, rng, "own-e"), t)
@@ -177,8 +177,8 @@ class RCMTrainer(SCMTrainer):
             fake = self.denoiser("critic")(x_t, t, cond).x
             real = guided(self.teacher, x_t, t, batch.cond, self.config.guidance).x
             size = (x - real).abs().flatten(1).mean(dim=1).clamp_min(LEAST)
-            aim = x - (fake - real) / expand(size, x)
-        pull = mean_square(made - aim).mean()
+            off = (fake - real) / expand(size, x)
+        pull = mean_square(self.evened(made - x, at, lambda x, z: x) + off).mean()
         loss = own.value + self.regularizer * pull
         logs = own.logs | {"loss": loss, "gap": (fake - real).abs().mean(), "pull": pull}
         return Loss(loss, logs | gap_parts(fake, real, x, x))
@@ -186,18 +186,20 @@ class RCMTrainer(SCMTrainer):
     def critic_loss(self, batch: Batch, rng: Rng) -> Loss:
         """The fake score's velocity of the student's samples."""
         with torch.no_grad():
-            x, cond = self.sampled(batch, rng, graph=False)
+            x, _, cond = self.sampled(batch, rng, graph=False)
         t, e = self.drawn(self.own_times, rng.uniform("own-t", batch.index)), self.z(batch, rng)
         x_t = self.process.noise(x, e, t)
         k = self.process.coefs(t).expand(x_t)
         pred = self.denoiser("critic")(x_t, t, cond)
-        loss = mean_square(self.field(pred) - field(x, e, k, self.data)).mean()
+        off = self.field(pred) - field(x, e, k, self.data)
+        loss = mean_square(self.by_field(off, t)).mean()
         return Loss(loss, {"loss": loss})
 
-    def sampled(self, batch: Batch, rng: Rng, *, graph: bool) -> tuple[Tensor, Cond]:
-        """Samples of the student in a drawn number of steps, which the conditions tell.
+    def sampled(self, batch: Batch, rng: Rng, *, graph: bool) -> tuple[Tensor, Tensor, Cond]:
+        """Samples of the student in a drawn number of steps, which the conditions tell, and the
+        times [B] of the step that made them.
 
-        With a graph, that of the step which made them, they are the images of a drawn step.
+        With a graph, that of this step, they are the images of a drawn step.
         """
         student, z = self.denoiser("student"), self.z(batch, rng, "own-z")
         count = self.counts[rng.integer("own-steps", len(self.counts))]
@@ -211,7 +213,7 @@ class RCMTrainer(SCMTrainer):
             pred: Prediction = student(x_t, times[-1], cond)
         if self.counted:  # the first image of any walk is that of one step
             cond = replace(cond, steps=full(z, count if len(times) > 1 else 1))
-        return pred.x, cond
+        return pred.x, times[-1], cond
 
     def walked(self, z: Tensor, count: int, batch: Batch, rng: Rng, *, whole: bool) -> list[Tensor]:
         """The times [B] of a walk of ``count`` steps, or of as many as lead to a drawn one."""

@@ -27,6 +27,7 @@ from stepdistill.run.errors import UserError
 from stepdistill.run.ratios import sample_parts
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Loss, Pass, Turn
+from stepdistill.trainers.by_output import ByOutput, ByOutputConfig
 from stepdistill.trainers.derived import derived, known
 from stepdistill.trainers.dropping import Dropping, DroppingConfig
 from stepdistill.trainers.fixed_point import STEADY, FixedPoint, Proof, followed
@@ -39,7 +40,7 @@ PLAIN = {"normal": "none", "adaptive": False}
 """In one dimension a normalised tangent is a sign."""
 
 
-class SCMConfig(ScalesConfig, DroppingConfig):
+class SCMConfig(ScalesConfig, DroppingConfig, ByOutputConfig):
     """Settings of ``scm``."""
 
     idle: ClassVar = {
@@ -82,12 +83,13 @@ class SCMConfig(ScalesConfig, DroppingConfig):
     )
 
 
-class SCMTrainer(Scales, Dropping):
+class SCMTrainer(Scales, Dropping, ByOutput):
     """sCM (Lu and Song 2024): sCD, and with ``velocity: data`` sCT; spec M9.
 
     Here: in the network's own process and time, whatever they are, and without changes to it, but
-    for ``guidance_range``. What makes it stable is a derivative that looks back in time
-    (``derivative``), where the paper changes the network.
+    for ``guidance_range``; and with tangents of networks that predict noise in units of that noise
+    (``by_output``). What makes it stable is a derivative that looks back in time (``derivative``),
+    where the paper changes the network.
     """
 
     Config = SCMConfig
@@ -216,7 +218,8 @@ class SCMTrainer(Scales, Dropping):
             )
         own, real = found.detach(), field(x, z, k, self.data)
         raw = tangent(own, slope, real, x_t, at, self.warmth(rng.step))
-        each = mean_square(found - own - bounded(raw, c.normal, c.norm_floor))
+        pull = bounded(self.by_field(raw, t), c.normal, c.norm_floor)
+        each = mean_square(self.by_field(found - own, t) - pull)
         logs = {"tangent": raw.flatten(1).norm(dim=1).mean()}
         if self.weigh is not None:
             each = self.weigh.weighed(each, torch.atan2(at.sin, at.cos))
@@ -226,6 +229,11 @@ class SCMTrainer(Scales, Dropping):
     def field(self, pred: Prediction) -> Tensor:
         """F of a prediction [B, ...]."""
         return field(pred.x, pred.z, pred.c, self.data)
+
+    def by_field(self, delta: Tensor, t: Tensor) -> Tensor:
+        """A difference in F [B, ...] at times t [B], see :meth:`ByOutput.evened`."""
+        c = self.process.coefs(t)
+        return self.evened(delta, t, lambda x, z: field(x, z, c, self.data))
 
     def passes(self) -> list[Pass]:
         """The teacher's velocity, the derivative, and the student."""

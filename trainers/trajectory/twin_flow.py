@@ -154,7 +154,8 @@ class TwinFlowTrainer(JumpTrainer):
             target = recursive_target(u, v, rest, way, short, BOUND)
             target = torch.where(expand(own, u), z - x, target)
         weight = torch.where(own, torch.ones_like(s), span_weight(s - r))
-        loss = (weight * barron_weighted(mean_square(u - target), c.c)).mean()
+        off = mean_square(self.by_drift(u - target, t))
+        loss = (weight * barron_weighted(off, c.c)).mean()
         logs = {"loss": loss, "distance": (u - target).abs().mean()}
         estimate, _ = self.parts(u, x_t, t)
         if c.rectify:
@@ -214,8 +215,9 @@ class TwinFlowTrainer(JumpTrainer):
                 self.student(x_t, t, replace(batch.cond, end=t, twin=torch.full_like(t, one))).drift
                 for one in (1.0, 0.0)
             ]
-            aim = u - (both[0] - both[1]).clamp(-BOUND, BOUND)
-        return PARTS * barron_weighted(mean_square(u - aim.detach()), self.config.c).sum()
+        own = self.by_drift(u - u.detach(), full(u, self.top))
+        off = mean_square(own + (both[0] - both[1]).clamp(-BOUND, BOUND))
+        return PARTS * barron_weighted(off, self.config.c).sum()
 
     def passes(self) -> list[Pass]:
         """A trained pass; own images, the rest of a step, and the two fields."""

@@ -12,7 +12,7 @@ from stepdistill.diffusion.derivative import along, drift
 from stepdistill.losses.consistency import One
 from stepdistill.run.assets import load_teacher
 from stepdistill.run.errors import UserError
-from tests.helpers import batch_of, dit_teacher, make, mlp_teacher, run, turn_gradients
+from tests.helpers import batch_of, dit_teacher, make, mlp_teacher, run
 
 
 @pytest.mark.parametrize(
@@ -113,66 +113,6 @@ def test_jumps_rest_less_where_the_student_begins_as_the_field() -> None:
     assert make("mean_flow", dit_teacher()).resting == 0.25
     assert make("mean_flow", dit_teacher(), velocity="data").resting == 0.75
     assert make("mean_flow", dit_teacher(), diagonal=0.5).resting == 0.5
-
-
-@pytest.mark.parametrize(("method", "keys"), [("consistency", {}), ("pcm", {"student_steps": 2})])
-def test_estimates_of_predicted_noise_are_compared_by_it(method, keys) -> None:
-    """By as much as a landing moves with the output, where that is more than the output itself."""
-    unet, t = load_teacher("digits-unet"), torch.tensor([0.76, 0.7, 0.39, 0.1])
-    plain, even = (make(method, unet, by_output=own, **keys) for own in (False, None))
-    delta, end = torch.ones(4, 1, 8, 8), even.end(t)
-    moved = motion(unet, t, lambda pred: even.landed(pred, end))
-    assert moved[0] > 1 > moved[-1]
-    found = even.evened(delta, t, even.landing(end)).mean(dim=(1, 2, 3))
-    torch.testing.assert_close(found, 1 / moved.clamp_min(1), rtol=1e-3, atol=1e-3)
-    assert plain.evened(delta, t, plain.landing(end)) is delta
-
-
-def motion(den, t, read) -> torch.Tensor:
-    """How far a reading of predictions at times t goes as the raw output does by one."""
-    x_t = torch.zeros(len(t), 1, 8, 8)
-    c = den.process.coefs(t).expand(x_t)
-    one, two = (read(den.prediction(x_t + said, x_t, c)) for said in (0.0, 0.01))
-    return ((two - one).abs() / 0.01).mean(dim=(1, 2, 3))
-
-
-@pytest.mark.parametrize(("method", "part"), [("scm", "by_field"), ("mean_flow", "by_drift")])
-def test_velocities_of_predicted_noise_are_compared_by_it_too(method, part) -> None:
-    unet, t = load_teacher("digits-unet"), torch.tensor([0.76, 0.7, 0.39, 0.1])
-    plain, even = (make(method, unet, by_output=own) for own in (False, None))
-    read = even.field if method == "scm" else lambda pred: pred.drift
-    moved, delta = motion(unet, t, read), torch.ones(4, 1, 8, 8)
-    assert moved[0] > 10 > moved[-1]
-    found = getattr(even, part)(delta, t).mean(dim=(1, 2, 3))
-    torch.testing.assert_close(found, 1 / moved.clamp_min(1), rtol=1e-3, atol=1e-3)
-    assert getattr(plain, part)(delta, t) is delta
-
-
-@pytest.mark.parametrize(
-    ("method", "keys"),
-    [
-        ("consistency", {}),
-        ("scm", {}),
-        ("rcm", {"alone": 0}),
-        ("mean_flow", {"power": 0.0}),
-        ("flow_map", {"form": "psd_m"}),
-        ("twin_flow", {}),
-    ],
-)
-def test_in_all_turns_the_noisiest_times_of_predicted_noise_pull_less(method, keys) -> None:
-    found = []
-    for own in (False, None):
-        made = make(method, load_teacher("digits-unet"), by_output=own, **keys)
-        found.append([sum(float(g.square().sum()) for g in t) for t in turn_gradients(made, 0)])
-    plain, even = found
-    assert all(less < more for less, more in zip(even, plain, strict=True))
-
-
-def test_any_output_can_be_compared_by() -> None:
-    """A velocity's clean estimates move by t at the most, and count as they are."""
-    even, t = make("consistency", dit_teacher(), by_output=True), torch.tensor([0.9, 0.2])
-    delta = torch.ones(2, 1, 8, 8)
-    assert torch.equal(even.evened(delta, t, even.landing(torch.zeros(2))), delta)
 
 
 def test_who_does_not_take_part_is_told(capsys) -> None:

@@ -49,8 +49,9 @@ class Head:
 
     def motion(self, c: Coefs, sigma_data: float = 0.5) -> tuple[Tensor, Tensor]:
         """How far the clean and the noise estimate go as the raw output goes by one."""
-        _, _, det = self.weights(c, sigma_data)
-        return -c.sigma / det, c.alpha / det
+        one, (_, _, det) = torch.ones_like(c.alpha), self.weights(c, sigma_data)
+        x = one if self.name == "x0" else -c.sigma / det
+        return x, one if self.name == "eps" else c.alpha / det
 
 
 def _x0(c: Coefs, _: float) -> tuple[Tensor, Tensor, Tensor]:

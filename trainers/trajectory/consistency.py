@@ -80,9 +80,9 @@ class ConsistencyTrainer(Scales, Dropping, ByOutput):
     iCT is ``scratch: true`` with ``solver: data`` and ``pairs: doubling``; ECT is ``solver: data``
     with ``pairs: ect``, from the teacher's weights. Here: pairs and their weight 1 / (t - r) are of
     the process's own time, where ECT and iCT have noise levels; and a network that predicts
-    noise is held to its output where estimates are a larger multiple of it (``by_output``), 1 /
-    alpha at the noisiest, lest these times drown all others. What is beside the distance, such as
-    a discriminator, is not.
+    noise is held to its output where estimates are a larger multiple of it (``by_output``), sigma /
+    alpha at the noisiest, lest these times drown all others; by what is beside the distance too,
+    such as a discriminator.
     """
 
     Config = ConsistencyConfig
@@ -120,11 +120,12 @@ class ConsistencyTrainer(Scales, Dropping, ByOutput):
         """The student, and an average of it as the target where one is asked for.
 
         Raises:
-            UserError: guidance without a teacher's step, a beginning that is not to be had, or
-                random steps from where they forget all.
+            UserError: guidance without a teacher's step, a beginning that is not to be had, random
+                steps from where they forget all, or an output that ``by_output`` is not of.
         """
         c = self.config
         self.check_dropout()
+        self.check_output()
         if isinstance(c.solver, Data) and c.guided:
             raise UserError(
                 "guidance: solver=data asks the teacher nothing that could be guided; set "
@@ -224,10 +225,10 @@ class ConsistencyTrainer(Scales, Dropping, ByOutput):
             with torch.no_grad():
                 target = self.aim(x_r, r, end, batch)
             estimate = self.jump(student, x_t, t, end, batch)
-        delta = estimate - target
-        off = self.evened(delta, t, self.landing(end))
+        delta, landing = estimate - target, self.landing(end)
+        off = self.evened(delta, t, landing)
         loss = (self.worth(t, r) * self.apart(off)).mean()
-        more = self.beside(estimate, target, end, batch, rng)
+        more = self.beside(self.eased(estimate, t, landing), target, end, batch, rng)
         for part in more.values():
             loss = loss + part
         logs = {"loss": loss, "distance": delta.abs().mean(), **more}

@@ -55,8 +55,9 @@ class FlowMapTrainer(JumpTrainer):
 
     With ``velocity: data`` LSD, ESD, PSD-M and PSD-U; of a teacher their kin LMD and EMD, in which
     its field stands wherever the student's own would. Here: the learned weight (``adaptive``) is
-    linear in waves of both times, and a teacher's field is asked once a sample, at the place that
-    the condition names.
+    linear in waves of both times, a teacher's field is asked once a sample, at the place that
+    the condition names, and the units of ``by_output`` are u's, where in esd by ``through`` the
+    derivative moves by more.
     """
 
     Config = FlowMapConfig

@@ -21,7 +21,7 @@ from stepdistill.diffusion.timesteps import Density, Grid, Uniform
 from stepdistill.run.errors import UserError
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.beginning import renewed, told
-from stepdistill.trainers.by_output import ByOutput, ByOutputConfig
+from stepdistill.trainers.by_output import ByOutput, ByOutputConfig, of_drift
 from stepdistill.trainers.derived import known
 from stepdistill.trainers.fixed_point import FixedPoint, followed
 from stepdistill.trainers.trajectory.time_weight import TimeWeight
@@ -99,7 +99,8 @@ class JumpTrainer(ByOutput):
 
     All is stated in rectified flow's coordinates y = x_t / (alpha + sigma) and
     s = sigma / (alpha + sigma), which other processes are taken to; a step of the sampler lands at
-    y - (s_t - s_r) u in every process.
+    y - (s_t - s_r) u in every process. What u misses is compared in units of the noise where a
+    network predicts that (``by_output``), and logged so.
     """
 
     config: JumpConfig
@@ -113,9 +114,10 @@ class JumpTrainer(ByOutput):
         """The student, which is told where its step ends.
 
         Raises:
-            UserError: a beginning that is not to be had.
+            UserError: a beginning that is not to be had, or an output that ``by_output`` is not of.
         """
         c = self.config
+        self.check_output()
         if c.scratch and c.velocity == "teacher":
             raise UserError("scratch: a teacher's flow begins as the teacher; set scratch=false")
         first = renewed(self.initial, c) if c.scratch else self.initial
@@ -195,7 +197,7 @@ class JumpTrainer(ByOutput):
 
     def by_drift(self, delta: Tensor, t: Tensor) -> Tensor:
         """A difference in u [B, ...] at times t [B], see :meth:`ByOutput.evened`."""
-        return self.evened(delta, t, lambda x, z: z - x)
+        return self.evened(delta, t, of_drift)
 
     def whole_slope(self, draw: Draw, v: Tensor, u: Tensor) -> Tensor:
         """The derivative of the student's u in flow time, along the field v, without a graph."""

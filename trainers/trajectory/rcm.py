@@ -30,6 +30,7 @@ from stepdistill.run.ratios import gap_parts
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Loss, Pass, Turn
 from stepdistill.trainers.beginning import told
+from stepdistill.trainers.by_output import of_clean
 from stepdistill.trainers.fixed_point import Proof
 from stepdistill.trainers.score.engine import CriticOptim
 from stepdistill.trainers.trajectory.scm import CALM, PLAIN, UNIFORM, SCMConfig, SCMTrainer
@@ -77,11 +78,12 @@ class RCMTrainer(SCMTrainer):
 
     Here: the tangent is sCM's, which differs where the derivative has not its whole weight yet;
     means over entries take the place of sums, in both parts; student and fake score take turns
-    within a step; and the student's own samples are, unless ``own_walk: drawn``, what its sampler
-    makes in a drawn number of steps. The fake score is told this number: it would else hold their
-    mixture alone to the teacher's law, in which what one step lacks may be what many have too
-    much. The pull goes to the images of any of these steps: those of the first by the fake score of
-    one step, whose images they are, others by that of the whole walk, which is not their own.
+    within a step; fake score and pull are in the units of the tangent (``by_output``); and the
+    student's own samples are, unless ``own_walk: drawn``, what its sampler makes in a drawn number
+    of steps. The fake score is told this number: it would else hold their mixture alone to the
+    teacher's law, in which what one step lacks may be what many have too much. The pull goes to the
+    images of any of these steps: those of the first by the fake score of one step, whose images
+    they are, others by that of the whole walk, which is not their own.
     """
 
     Config = RCMConfig
@@ -169,7 +171,8 @@ class RCMTrainer(SCMTrainer):
     def both(self, batch: Batch, rng: Rng) -> Loss:
         """The tangent's loss, and the pull on the student's samples."""
         own = self.loss(batch, rng)
-        made, at, cond = self.sampled(batch, rng, graph=True)
+        sampled, at, cond = self.sampled(batch, rng, graph=True)
+        made = self.eased(sampled, at, of_clean)
         t = self.drawn(self.own_times, rng.uniform("own-t", batch.index))
         x = made.detach()
         x_t = self.process.noise(x, self.z(batch, rng, "own-e"), t)
@@ -177,8 +180,8 @@ class RCMTrainer(SCMTrainer):
             fake = self.denoiser("critic")(x_t, t, cond).x
             real = guided(self.teacher, x_t, t, batch.cond, self.config.guidance).x
             size = (x - real).abs().flatten(1).mean(dim=1).clamp_min(LEAST)
-            off = (fake - real) / expand(size, x)
-        pull = mean_square(self.evened(made - x, at, lambda x, z: x) + off).mean()
+            aim = x - (fake - real) / expand(size, x)
+        pull = mean_square(made - aim).mean()
         loss = own.value + self.regularizer * pull
         logs = own.logs | {"loss": loss, "gap": (fake - real).abs().mean(), "pull": pull}
         return Loss(loss, logs | gap_parts(fake, real, x, x))

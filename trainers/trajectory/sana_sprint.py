@@ -20,6 +20,7 @@ from stepdistill.diffusion.process import expand
 from stepdistill.diffusion.timesteps import Density
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Loss, Pass, Turn
+from stepdistill.trainers.by_output import of_clean
 from stepdistill.trainers.fixed_point import Proof
 from stepdistill.trainers.score.opponent import ON_STATES, DiscriminatorOptim, TeacherConfig
 from stepdistill.trainers.trajectory.rival import PLAYER, Rival
@@ -60,7 +61,7 @@ class SanaSprintTrainer(SCMTrainer):
     Here: times have no weight but the learned one; student and discriminator take turns within a
     step; data under wrong classes are drawn, not shifted; the tangent is taken in the
     teacher's own process, with no conversion, and the network is left as it is (its authors first
-    tune it for normed queries and keys).
+    tune it for normed queries and keys), but that the units of ``by_output`` are the heads' too.
     """
 
     Config = SanaSprintConfig
@@ -121,7 +122,7 @@ class SanaSprintTrainer(SCMTrainer):
         x = torch.where(expand(noisiest, batch.x), 0, batch.x)
         x_t = self.process.noise(x, self.z(batch, rng, "adversarial-z"), t)
         pred: Prediction = self.denoiser("student")(x_t, t, batch.cond)
-        return pred.x
+        return self.eased(pred.x, t, of_clean)
 
     def discriminator_loss(self, batch: Batch, rng: Rng) -> Loss:
         """Tell the step's estimates from the data, and the data from itself mislabelled."""

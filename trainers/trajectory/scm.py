@@ -119,10 +119,11 @@ class SCMTrainer(Scales, Dropping, ByOutput):
         """The student, and a weight of times.
 
         Raises:
-            UserError: guidance along the data's own path.
+            UserError: guidance along the data's own path, or what dropout and ``by_output`` refuse.
         """
         c = self.config
         self.check_dropout()
+        self.check_output()
         if c.velocity == "data" and c.guided:
             raise UserError(
                 "guidance: velocity=data asks the teacher nothing that could be guided; set "
@@ -218,7 +219,9 @@ class SCMTrainer(Scales, Dropping, ByOutput):
             )
         own, real = found.detach(), field(x, z, k, self.data)
         raw = tangent(own, slope, real, x_t, at, self.warmth(rng.step))
-        pull = bounded(self.by_field(raw, t), c.normal, c.norm_floor)
+        if c.normal != "norm":  # what is divided by its norm has no units
+            raw = self.by_field(raw, t)
+        pull = bounded(raw, c.normal, c.norm_floor)
         each = mean_square(self.by_field(found - own, t) - pull)
         logs = {"tangent": raw.flatten(1).norm(dim=1).mean()}
         if self.weigh is not None:

@@ -26,6 +26,7 @@ from stepdistill.run.errors import UserError
 from stepdistill.run.ratios import sample_parts
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Loss, Pass, Turn
+from stepdistill.trainers.by_output import of_drift
 from stepdistill.trainers.fixed_point import STEADY, FixedPoint, Proof
 from stepdistill.trainers.trajectory.jumps import JumpConfig, JumpTrainer
 
@@ -215,9 +216,9 @@ class TwinFlowTrainer(JumpTrainer):
                 self.student(x_t, t, replace(batch.cond, end=t, twin=torch.full_like(t, one))).drift
                 for one in (1.0, 0.0)
             ]
-        own = self.by_drift(u - u.detach(), full(u, self.top))
-        off = mean_square(own + (both[0] - both[1]).clamp(-BOUND, BOUND))
-        return PARTS * barron_weighted(off, self.config.c).sum()
+            aim = u - (both[0] - both[1]).clamp(-BOUND, BOUND)
+        own = self.eased(u, full(u, self.top), of_drift)
+        return PARTS * barron_weighted(mean_square(own - aim.detach()), self.config.c).sum()
 
     def passes(self) -> list[Pass]:
         """A trained pass; own images, the rest of a step, and the two fields."""

@@ -252,8 +252,11 @@ def bench_jvp(
     rounds: Annotated[int, typer.Option(help="interleaved rounds", min=3)] = 20,
     threads: Annotated[int, typer.Option(help="CPU threads; one is the steadiest", min=1)] = 1,
     step: Annotated[
-        float, typer.Option(help="of differences, in flow time", min=1e-6, max=0.5)
-    ] = 0.005,
+        float | None,
+        typer.Option(
+            help="of differences, in flow time; the config's if left out", min=1e-6, max=0.5
+        ),
+    ] = None,
 ) -> None:
     """Time a derivative along the flow by each way, its memory, and how far the ways agree."""
     from stepdistill.commands.bench_jvp import jvp

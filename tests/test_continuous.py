@@ -239,6 +239,12 @@ def test_bench_jvp_tells_time_memory_and_agreement(tmp_path, monkeypatch) -> Non
     assert all(found[way]["difference"] < 0.1 for way in list(found)[2:])
 
 
+def test_bench_jvp_takes_the_config_s_own_step(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    jvp("scm-digits", ("batch_size=4", "difference_step=0.0125"), rounds=3, threads=1, step=None)
+    assert "0.0125" in capsys.readouterr().out
+
+
 # TBCM --------------------------------------------------------------------------------------------
 
 

@@ -21,10 +21,11 @@ from stepdistill.diffusion.sampler import first_state, full
 from stepdistill.run.rng import Rng
 
 WARMUP = 2
+STEP = 0.005  # of differences, of methods that take none
 
 
 def jvp(
-    config: str, overrides: Sequence[str], *, rounds: int, threads: int, step: float
+    config: str, overrides: Sequence[str], *, rounds: int, threads: int, step: float | None
 ) -> dict[str, dict[str, float]]:
     """Time every way on a config's teacher and batch; print the table, return its figures.
 
@@ -33,7 +34,7 @@ def jvp(
         overrides: of its keys.
         rounds: in which the ways are timed in turn.
         threads: of the CPU.
-        step: of the differences, in flow time.
+        step: of the differences, in flow time; None: the config's ``difference_step``, or 0.005.
 
     Returns:
         By the way's name, and "forward" for a bare pass: median ``seconds``, peak ``bytes`` beyond
@@ -44,6 +45,7 @@ def jvp(
     """
     torch.set_num_threads(threads)
     cls, settings = read_config(config, overrides)
+    step = step or getattr(settings, "difference_step", None) or STEP
     with job(settings) as (processes, net):
         trainer = cls(settings, net, wrap=processes.wrap)
         den, batch = trainer.teacher, trainer.batch(0)
@@ -109,7 +111,13 @@ def measured(
 def show(figures: dict[str, dict[str, float]], title: str, step: float) -> None:
     """Print the table."""
     table = Table(title=title)
-    for head in ("way", "ms", "of a forward", "peak MiB", f"off by, at step {step:g}"):
+    for head in (
+        "way",
+        "ms",
+        "of a forward",
+        "peak MiB",
+        f"relative difference to jvp, at step {step:g}",
+    ):
         table.add_column(head, justify="left" if head == "way" else "right")
     bare = figures["forward"]["seconds"]
     for name, one in figures.items():

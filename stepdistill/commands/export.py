@@ -151,7 +151,8 @@ def student_card(
         teacher=config.teacher,
         method=config.method,
         data=config.data.source if trainer.needs == "data" else "none (the teacher alone)",
-        command=f"stepdistill train {run / 'config.yaml'}\n{command}{' --stock' if stock else ''}",
+        command=f"stepdistill train {run / 'config.yaml'} run=NEW\n"
+        f"{command}{' --stock' if stock else ''}",
         default_steps=literal.config.default_steps,
         classes=trainer.teacher.classes or None,
         grids=literal.config.grids,

@@ -156,7 +156,9 @@ def export(
 def sample(
     pipeline: Annotated[str, typer.Argument(help="a pipeline folder or hub name")],
     out: Annotated[Path, typer.Option(help="folder for the images")],
-    steps: Annotated[int, typer.Option(help="sampling steps", min=1)] = 4,
+    steps: Annotated[
+        int | None, typer.Option(help="sampling steps; the pipeline's own if left out, or 4", min=1)
+    ] = None,
     num: Annotated[int, typer.Option(help="number of images", min=1)] = 16,
     seed: Annotated[int, typer.Option(help="seed; image i depends on it and on i alone")] = 0,
     guidance: Annotated[float | None, typer.Option(help="classifier-free guidance")] = None,

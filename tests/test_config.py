@@ -108,6 +108,8 @@ def test_a_config_is_found_by_path_by_name_and_as_if_in_the_repository(
         find("elsewhere/sim-digits")
     with pytest.raises(UserError, match=f"qqq: no such file; installed are {', '.join(NAMES)}"):
         find("qqq")
+    with pytest.raises(UserError, match=r"^config scm: no such file; did you mean scm-digits\?$"):
+        find("scm")
 
 
 # What is wrong, where, and what mends it ---------------------------------------------------------
@@ -163,7 +165,10 @@ def test_wrong_values_and_missing_keys_name_their_place(tmp_path) -> None:
     name = write(tmp_path, "a", "steps: 1\noptim: {betas: 0.9}\n")
     assert message(name) == f"{name}:2: optim.betas=0.9: this key holds a list; write it in [ ]"
     name = write(tmp_path, "a", "steps: 1\noptim: 3\n")
-    assert message(name).startswith(f"{name}:2: optim=3: input should be a valid dictionary")
+    assert message(name).startswith(f"{name}:2: optim=3: this is a group of keys; set optim.lr, ")
+    name = write(tmp_path, "a", "steps: 1\n")
+    kinds = "this is a group of keys; set shape.kind to one of circle, square"
+    assert message(name, "shape=circle") == f"override shape=circle: shape='circle': {kinds}"
 
 
 def test_what_two_configs_differ_in_is_told_by_dotted_keys() -> None:

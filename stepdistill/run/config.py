@@ -213,7 +213,21 @@ def _explain(problem: Any, raw: Raw, model: type[BaseModel]) -> str:
     message = problem["msg"][0].lower() + problem["msg"][1:]
     if problem["type"] in ("tuple_type", "list_type"):
         message = "this key holds a list; write it in [ ]"
+    if problem["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        message = f"this is a group of keys; {_inside(key, _sections(model, parts))}"
+    if problem["type"] == "none_required":
+        message = "this method has no such setting; leave it out"
     return f"{raw.place(key)}: {key}={problem['input']!r}: {message}"
+
+
+def _inside(key: str, sections: Sequence[Any]) -> str:
+    """What could be set in a group of keys."""
+    fields = [m.model_fields for m in sections]
+    kinds = [own["kind"].default for own in fields if "kind" in own]
+    if kinds:
+        return f"set {key}.kind to one of {', '.join(map(str, kinds))}"
+    names = list(dict.fromkeys(name for own in fields for name in own))
+    return f"set {', '.join(f'{key}.{name}' for name in names)}" if names else "write it in { }"
 
 
 def _written(parts: Sequence[str], values: Any) -> Iterator[str]:

@@ -32,8 +32,16 @@ class Stopped(Exception):  # noqa: N818
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> list[str]:
-    """The known name nearest to a wrong one, if any; first that whose last letter is doubled."""
-    near = difflib.get_close_matches(name, list(known), 3, cutoff)
+    """The known name nearest to a wrong one, if any.
+
+    First a name of which it is the part before the hyphen, as a method is of a config's, or the
+    other way round; then that whose last letter is doubled.
+    """
+    known = list(known)
+    kin = [one for one in known if one.startswith(f"{name}-") or name.startswith(f"{one}-")]
+    if kin:
+        return kin[:1]
+    near = difflib.get_close_matches(name, known, 3, cutoff)
     return sorted(near, key=lambda one: name != one + one[-1:])[:1]
 
 

@@ -229,7 +229,7 @@ def test_a_student_from_run_to_images_and_figures(folder) -> None:
     line = mistake(stepdistill("export", "finished", "--out", "student", folder=folder))
     assert line.startswith("student exists; ")
     few = ["--num", "20", "--trust-remote-code"]
-    args = ["sample", "student", "--out", "x", *few]
+    args = ["sample", "student", "--out", "y", *few]
     line = mistake(stepdistill(*args, "--steps", "4", folder=folder))
     assert "steps=4" in line  # this student has one step only
     done = stepdistill(*args, folder=folder)

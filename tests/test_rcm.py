@@ -34,7 +34,9 @@ def test_rcm_pulls_a_student_of_another_spread_towards_the_teacher_s(std, monkey
     x = std * torch.randn(256, 4, generator=torch.Generator().manual_seed(0))
     leaf = x.clone().requires_grad_()
     monkeypatch.setattr(made, "denoiser", lambda name: fake)
-    monkeypatch.setattr(made, "sampled", lambda batch, rng, graph: (leaf, batch.cond))
+    monkeypatch.setattr(
+        made, "sampled", lambda batch, rng, graph: (leaf, torch.ones(256), batch.cond)
+    )
     monkeypatch.setattr(made, "loss", lambda batch, rng: Loss(torch.zeros(())))
     made.both(batch_of(made, 0), Rng(0).at(0)).value.backward()
     moved = -float((leaf.grad * x).sum())
@@ -48,7 +50,7 @@ def test_rcm_s_own_samples_are_its_sampler_s_and_the_fake_score_is_told_their_st
     batch, drawn = batch_of(made, 0), set()
     for step in range(12):
         rng = Rng(0).at(step)
-        x, cond = made.sampled(batch, rng, graph=False)
+        x, _, cond = made.sampled(batch, rng, graph=False)
         (count,) = set(cond.steps.tolist())
         drawn.add(int(count))
         own = sample(
@@ -61,7 +63,8 @@ def test_rcm_s_own_samples_are_its_sampler_s_and_the_fake_score_is_told_their_st
         )
         assert torch.allclose(x, own, atol=1e-6) and not x.requires_grad
         with made.players["student"].turn():
-            assert made.sampled(batch, rng, graph=True)[0].requires_grad
+            shown, at, _ = made.sampled(batch, rng, graph=True)
+            assert shown.requires_grad and set(at.tolist()) <= set(made.grids()[int(count)][:-1])
     assert drawn == {1, 2, 4}
 
 
@@ -69,7 +72,7 @@ def test_rcm_as_published_draws_its_walks_and_tells_nothing() -> None:
     made = make("rcm", mlp_teacher(), batch_size=4, own_walk="drawn")
     assert made.denoiser("critic").adapter.numbers(made.denoiser("critic").net) == ()
     batch = batch_of(made, 0)
-    assert made.sampled(batch, Rng(0), graph=False)[1].steps is None
+    assert made.sampled(batch, Rng(0), graph=False)[2].steps is None
     walks = [made.walked(batch.x, 3, batch, Rng(k), whole=True) for k in range(4)]
     assert all(bool((a >= b).all()) for walk in walks for a, b in pairwise(walk))
     assert len({float(walk[1][0]) for walk in walks}) == 4
@@ -111,7 +114,7 @@ def test_the_first_image_of_any_walk_is_judged_as_that_of_one_step() -> None:
         count = made.counts[rng.integer("own-steps", 4)]
         z = made.z(batch, rng, "own-z")
         exits = len(made.walked(z, count, batch, rng, whole=False))
-        told = made.sampled(batch, rng, graph=True)[1].steps
+        told = made.sampled(batch, rng, graph=True)[2].steps
         assert set(told.tolist()) == {count if exits > 1 else 1}
         seen.add((count, exits))
     assert {(1, 1), (2, 1), (2, 2), (4, 1)} <= seen and all(1 <= e <= n for n, e in seen)

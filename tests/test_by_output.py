@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.diffusion.denoiser import Denoiser, Prediction
+from stepdistill.diffusion.heads import HEADS
 from stepdistill.run.assets import load_teacher
 from stepdistill.run.errors import UserError
 from stepdistill.run.rng import Rng
@@ -164,9 +165,8 @@ def test_predicted_images_may_count_so_and_velocities_do_not() -> None:
     with pytest.raises(UserError, match="^by_output: is of predicted noise or images, .* velocity"):
         make("consistency", dit_teacher(), by_output=True)
     teacher = load_teacher("digits-unet")
-    head = Denoiser(teacher.net, teacher.process, "x0").head
-    plain = make("mean_flow", load_teacher("digits-unet"))
-    plain.teacher.head = head
+    plain = make("mean_flow", teacher)
+    plain.teacher.head = HEADS["x0"]
     delta = torch.ones(4, 1, 8, 8)
     assert plain.by_drift(delta, TIMES) is delta
     plain.config.by_output = True

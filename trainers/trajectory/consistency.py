@@ -249,8 +249,12 @@ class ConsistencyTrainer(Scales, Dropping, ByOutput):
 
     def landing(self, end: Tensor) -> Reading:
         """What is compared of estimates at times ``end`` [B]."""
-        to = self.process.coefs(end)
-        return lambda x, z: to.alpha * x + to.sigma * z
+
+        def read(x: Tensor, z: Tensor) -> Tensor:
+            to = self.process.coefs(end)
+            return to.alpha * x + to.sigma * z
+
+        return read
 
     def apart(self, delta: Tensor) -> Tensor:
         """The distance [B] that a difference of two estimates [B, C, *S] stands for."""

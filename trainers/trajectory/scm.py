@@ -235,8 +235,7 @@ class SCMTrainer(Scales, Dropping, ByOutput):
 
     def by_field(self, delta: Tensor, t: Tensor) -> Tensor:
         """A difference in F [B, ...] at times t [B], see :meth:`ByOutput.evened`."""
-        c = self.process.coefs(t)
-        return self.evened(delta, t, lambda x, z: field(x, z, c, self.data))
+        return self.evened(delta, t, lambda x, z: field(x, z, self.process.coefs(t), self.data))
 
     def passes(self) -> list[Pass]:
         """The teacher's velocity, the derivative, and the student."""

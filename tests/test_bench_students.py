@@ -150,6 +150,19 @@ def test_every_shipped_teacher_has_students_of_its_own() -> None:
         entries_of(["sim-digits"], [1], "0", teacher="digits-unit")
 
 
+def test_a_teacher_s_own_config_takes_part_in_place_of_the_common_one() -> None:
+    dit, unet = (
+        {entry.method: entry for entry in entries_of(None, [2], "0", teacher=name)}
+        for name in ("digits-dit", "digits-unet")
+    )
+    assert (dit["scm"].config, unet["scm"].config) == ("scm-digits", "scm-digits-unet")
+    assert (dit["sim"].config, unet["sim"].config) == ("sim-digits", "sim-digits")
+    assert (unet["scm"].name, unet["scm"].keys) == ("scm-digits-unet-k2-s0", ())
+    (named,) = entries_of(["scm-digits"], [2], "0", teacher="digits-unet")
+    assert (named.config, named.name) == ("scm-digits", unet["scm"].name)
+    assert named.settings != unet["scm"].settings
+
+
 def test_overrides_are_of_all_that_take_part(capsys) -> None:
     plain, other = (
         entries_of(["ect-digits", "sim-digits"], [2], "0", overrides=keys)

@@ -55,8 +55,8 @@ class Entry:
 
     @property
     def stem(self) -> str:
-        """Name of its config, wherever the file is."""
-        return Path(self.config).stem
+        """Name of its config, wherever the file is and whatever teacher it is for."""
+        return Path(self.config).stem.removesuffix(self.teacher.removeprefix("digits"))
 
     @property
     def student(self) -> str:
@@ -97,7 +97,8 @@ def entries_of(
     """Every config with every number of steps that its student can have, and every seed.
 
     Args:
-        names: of configs, or their files; all that make a teacher faster if None.
+        names: of configs, or their files; all that make a teacher faster if None, of which some
+            methods have one for the teacher.
         steps: numbers of sampler steps.
         seeds: by commas.
         teacher: name of the shipped teacher.
@@ -114,7 +115,7 @@ def entries_of(
     if teacher not in TEACHERS:
         raise UserError(f"--teacher {teacher}: not shipped; {hint(teacher, TEACHERS)}")
     found = []
-    for name in names or configs_of(family):
+    for name in names or configs_of(family, teacher):
         plain: Plain | None = None
         for number in steps:
             try:
@@ -148,13 +149,16 @@ def whole_numbers(key: str, text: str, least: int = 1) -> list[int]:
     return numbers
 
 
-def configs_of(family: str | None) -> list[str]:
-    """The installed configs of digits, of a family of methods or of all.
+def configs_of(family: str | None, teacher: str = TEACHER) -> list[str]:
+    """The installed configs of digits, of a family of methods or of all; those for the teacher,
+    named NAME-``teacher``, in place of NAME-digits.
 
     Raises:
         UserError: no such family.
     """
-    names = sorted(path.stem for path in CONFIGS.glob("*-digits.yaml"))
+    names = [path.stem for path in sorted(CONFIGS.glob("*-digits.yaml"))]
+    own = {name: f"{name.removesuffix('-digits')}-{teacher}" for name in names}
+    names = [own[name] if (CONFIGS / f"{own[name]}.yaml").is_file() else name for name in names]
     if family is None:
         return names
     families = {method.name: method.family for method in methods()}

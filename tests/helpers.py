@@ -34,6 +34,11 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
             "guidance_range": (1.0, 3.0),
         },
         "data": {"solver": "data", "pairs": {"kind": "grid", "steps": 6}},
+        "levels": {
+            "solver": "data",
+            "pairs": {"kind": "ect", "stages": 2, "k": 8},
+            "weight": {"kind": "inverse_gap", "levels": True},
+        },
     },
     "dcm": {
         "adversarial": {

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser
-from stepdistill.diffusion.process import RF
-from stepdistill.losses.consistency import InverseGap, One, ect_partner
+from stepdistill.diffusion.process import EDM, RF, VP, Trig
+from stepdistill.losses.consistency import InverseGap, One, ect_partner, level_partner
 from stepdistill.losses.distance import L2, Huber, PseudoHuber
 from stepdistill.losses.regression import huber_constant, pseudo_huber
 from stepdistill.oracles.denoiser import Oracle
@@ -120,6 +120,28 @@ def test_fixed_point_of_ect_s_pairs(step, stage) -> None:
     assert loss_of(on_ect(stage + 1), step, **keys) > 1e-7
 
 
+def on_levels(stage: int) -> Gain:
+    """The fixed point of the published pairs, written out in noise levels n = t / (1 - t)."""
+
+    def gain(t: float) -> float:
+        total, now, n = 1.0, t, min(t / (1 - t), 80.0) if t < 1 else 80.0
+        while now > 1e-7:
+            below = n * (1 - (1 + 8 / (1 + math.exp(n))) / 2 ** (stage + 1))
+            after = below / (1 + below) if below > 0 else 0.0
+            total *= euler(now, after)
+            now, n = after, below
+        return total
+
+    return gain
+
+
+@pytest.mark.parametrize(("step", "stage"), [(0, 0), (2, 1), (3, 2), (5, 3)])
+def test_fixed_point_of_ect_s_pairs_of_noise_levels(step, stage) -> None:
+    keys = {"pairs": {"kind": "ect", "stages": 4, "k": 8}}
+    assert loss_of(on_levels(stage), step, **keys) < 1e-10
+    assert loss_of(on_ect(stage), step, **keys) > 1e-7
+
+
 def best_scale(gain: Gain, count: int) -> float:
     """Where the loss on the data's own states rests: the factor on gain(t), gain(r) being held."""
     teacher = Oracle(RF(), "velocity", torch.zeros(1, 1), STD)
@@ -177,6 +199,34 @@ def test_first_stage_of_ect_halves_the_time() -> None:
     torch.testing.assert_close(ect_partner(t, 0), t / 2)
     torch.testing.assert_close(ect_partner(t, 2), t * 7 / 8)
     torch.testing.assert_close(ect_partner(t, 0, q=4.0), t * 3 / 4)
+
+
+LINEAR = torch.linspace(0.0001, 0.02, 1000, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("process", [EDM(), RF(), VP((1 - LINEAR).cumprod(0)), Trig()])
+def test_published_map_of_ect_is_of_noise_levels_in_any_process(process) -> None:
+    """Numbers of the paper's map at its first stage: none below 1, .31 at 3, a half far up."""
+    n = torch.tensor([0.5, 1.0, 3.0, 20.0], dtype=torch.float64)
+    t = process.time_of_noise(n.log())
+    r = level_partner(t, 0, 2.0, 8.0, process)
+    assert r[:2].tolist() == [0, 0]
+    share = torch.exp(-process.log_snr(r[2:]) / 2) / n[2:]
+    torch.testing.assert_close(share, torch.tensor([0.31, 0.5], dtype=t.dtype), atol=2e-3, rtol=0)
+    weight = InverseGap(levels=True)(t, r, process)
+    torch.testing.assert_close(weight, 1 / (n - n * torch.cat([torch.zeros(2), share])))
+
+
+@pytest.mark.parametrize("process", [EDM(), RF(), VP((1 - LINEAR).cumprod(0)), Trig()])
+def test_published_pairs_never_meet_and_leave_pure_noise(process) -> None:
+    low = max(process.t_min, 1e-3)
+    t = torch.linspace(low, process.t_max, 400)
+    for stage in range(10):
+        r = level_partner(t, stage, 2.0, 8.0, process)
+        assert (r < t).all() and (r >= 0).all()
+        assert InverseGap(levels=True)(t, r, process).isfinite().all()
+    top = level_partner(t[-1:], 0, 2.0, 8.0, process)
+    assert float(torch.exp(-process.log_snr(top) / 2)) == pytest.approx(40, rel=1e-3)
 
 
 def test_pairs_of_a_stage_and_their_weights() -> None:

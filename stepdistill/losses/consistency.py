@@ -13,6 +13,8 @@ from stepdistill.diffusion.process import Process
 from stepdistill.losses.regression import mean_square
 from stepdistill.run.plug import Plug
 
+NOISIEST = 80.0  # noise level at and above which pairs are as there
+
 SnrWeight = Literal["truncated", "plus_one"]
 
 
@@ -36,10 +38,33 @@ class InverseGap(PairWeight):
     """1 / (t - r), as ECT and iCT weigh their pairs."""
 
     floor: float = Field(1e-4, gt=0, description="lower bound of t - r")
+    levels: bool | None = Field(
+        None, description="t and r as noise levels sigma / alpha, as published; null: as times"
+    )
 
     def __call__(self, t: Tensor, r: Tensor, process: Process) -> Tensor:
         """See :class:`PairWeight`."""
+        if self.levels:
+            t, r = noise_level(t, process), noise_level(r, process)
         return 1 / (t - r).clamp_min(self.floor)
+
+
+def noise_level(t: Tensor, process: Process) -> Tensor:
+    """sigma / alpha of times, up to EDM's noisiest."""
+    c = process.coefs(t)
+    return (c.sigma / c.alpha.clamp_min(1e-12)).clamp_max(NOISIEST)
+
+
+def level_partner(t: Tensor, stage: int, q: float, k: float, process: Process) -> Tensor:
+    """The less noisy time of a pair by their noise levels n: n_r = n (1 - (1 + k sigmoid(-n))
+    q^-(stage+1)), 0 where that is below all.
+
+    Source: easy consistency tuning (Geng et al. 2024), its ratio, of b = 1; published: k = 8.
+    """
+    n = noise_level(t, process)
+    lower = n * (1 - (1 + k * torch.sigmoid(-n)) * q ** -(stage + 1))
+    r = process.time_of_noise(lower.clamp_min(1e-12).log())
+    return torch.where((lower > 0) & (r < t), r, torch.zeros_like(t))
 
 
 def ect_partner(t: Tensor, stage: int, q: float = 2.0) -> Tensor:

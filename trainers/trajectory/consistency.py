@@ -79,10 +79,10 @@ class ConsistencyTrainer(Scales, Dropping, ByOutput):
 
     iCT is ``scratch: true`` with ``solver: data`` and ``pairs: doubling``; ECT is ``solver: data``
     with ``pairs: ect``, from the teacher's weights. Here: pairs and their weight 1 / (t - r) are of
-    the process's own time, where ECT and iCT have noise levels; and a network that predicts
-    noise is held to its output where estimates are a larger multiple of it (``by_output``), sigma /
-    alpha at the noisiest, lest these times drown all others; by what is beside the distance too,
-    such as a discriminator.
+    the process's own time, where ECT and iCT have noise levels (as ECT here has them by ``pairs.k``
+    and ``weight.levels``); and a network that predicts noise is held to its output where estimates
+    are a larger multiple of it (``by_output``), sigma / alpha at the noisiest, lest these times
+    drown all others; by what is beside the distance too, such as a discriminator.
     """
 
     Config = ConsistencyConfig

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from stepdistill.diffusion.process import Process
 from stepdistill.diffusion.timesteps import Density, LogitNormal, Uniform, nearest, uniform_grid
-from stepdistill.losses.consistency import ect_partner
+from stepdistill.losses.consistency import ect_partner, level_partner
 from stepdistill.run.plug import Plug
 from stepdistill.run.rng import Rng
 
@@ -83,13 +83,20 @@ class Pairs(Plug):
 class Ect(Pairs):
     """Pairs r = t (1 - q^-(stage + 1)), whose gap shrinks from stage to stage (ECT).
 
-    Here of the process's own time, which for flows is not that of the paper's noise levels.
+    By default of the process's own time, which for flows is not that of the paper's noise levels;
+    with ``k`` of these.
     """
 
     q: float = Field(2.0, gt=1, description="base of the gap")
     stages: int = Field(8, ge=1, description="stages of equal length over the run")
     first: int = Field(0, ge=0, description="number of the first stage")
     t: Density = Field(default_factory=Uniform, description="density of t")
+    k: float | None = Field(
+        None,
+        ge=0,
+        description="pairs of noise levels n = sigma / alpha, whose gaps are 1 + k sigmoid(-n) "
+        "times as wide (published: 8); null: of times",
+    )
 
     @property
     def staged(self) -> bool:
@@ -99,15 +106,20 @@ class Ect(Pairs):
     def draw(self, rng: Rng, index: Tensor, span: Span) -> tuple[Tensor, Tensor]:
         """See :meth:`Pairs.draw`."""
         t = span.drawn(self.t, rng.uniform("t", index))
-        return t, ect_partner(t, self.first + rng.step * self.stages // span.steps, self.q)
+        return t, self.partner(t, rng.step * self.stages // span.steps, span)
+
+    def partner(self, t: Tensor, stage: int, span: Span) -> Tensor:
+        """The time r of every t, in a stage of the run."""
+        if self.k is None:
+            return ect_partner(t, self.first + stage, self.q)
+        return level_partner(t, self.first + stage, self.q, self.k, span.process)
 
     def chain(self, t: float, span: Span) -> Times:
         """See :meth:`Pairs.chain`."""
-        times, last = [t], self.first + self.stages - 1
-        end = END * float(span.grid(1)[0])
+        times, end = [t], END * float(span.grid(1)[0])
         while times[-1] > end:
-            times.append(float(ect_partner(torch.tensor(times[-1]), last, self.q)))
-        return (*times, 0.0)
+            times.append(float(self.partner(torch.tensor(times[-1]), self.stages - 1, span)))
+        return (*times, 0.0) if times[-1] else tuple(times)
 
 
 class Grid(Pairs):

@@ -18,7 +18,6 @@ from stepdistill.data.batch import Batch
 from stepdistill.diffusion.denoiser import Denoiser, Experts
 from stepdistill.diffusion.process import expand
 from stepdistill.diffusion.timesteps import raised
-from stepdistill.losses.consistency import ect_partner
 from stepdistill.run.errors import UserError
 from stepdistill.run.plug import Plugged
 from stepdistill.run.rng import Rng
@@ -131,7 +130,7 @@ class TCMTrainer(ConsistencyTrainer):
         t = raised(t, self.boundary, self.top, self.process)
         here = rng.uniform("border", batch.index) < self.config.border_share
         t = torch.where(here, torch.full_like(t, self.boundary), t)
-        return t, ect_partner(t, self.ect.first + self.ect.stages - 1, self.ect.q)
+        return t, self.ect.partner(t, self.ect.stages - 1, self.span)
 
     def aim(self, x_r: Tensor, r: Tensor, end: Tensor, batch: Batch) -> Tensor:
         """See :meth:`ConsistencyTrainer.aim`; in the second stage the first network's, below."""

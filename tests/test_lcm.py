@@ -1,4 +1,4 @@
-"""LCM: the student is told the guidance that its teacher was asked by, also in its export."""
+"""LCM: the student is told the guidance that its teacher was asked by, in its export too."""
 
 from __future__ import annotations
 
@@ -13,52 +13,7 @@ from stepdistill.diffusion.sampler import sample
 from stepdistill.pipelines.folder import write_pipeline
 from stepdistill.pipelines.image import ImagePipeline
 from stepdistill.run.errors import UserError
-from stepdistill.run.rng import Rng
-from stepdistill.trainers.trajectory.consistency import ConsistencyTrainer
-from tests.helpers import batch_of, dit_teacher, make, mlp_teacher, run, same, saved
-
-
-def told(made, label, scale):
-    with torch.no_grad():
-        x_t, t = torch.ones(4, 1, 8, 8), torch.full((4,), 0.7)
-        return made.denoiser("student")(x_t, t, Cond(label, guidance=torch.full((4,), scale))).h
-
-
-def test_lcm_is_told_the_scale_that_the_teacher_is_asked_by(monkeypatch) -> None:
-    made, seen = make("lcm", mlp_teacher(), guidance_range=(1.0, 5.0)), {}
-    asked, jump = ConsistencyTrainer.asked, ConsistencyTrainer.jump
-
-    def ask(self, batch, rng):
-        seen["asked"] = asked(self, batch, rng).scale
-        return asked(self, batch, rng)
-
-    def leap(self, den, x_t, t, end, batch):
-        seen.setdefault("told", []).append(batch.cond.guidance)
-        return jump(self, den, x_t, t, end, batch)
-
-    monkeypatch.setattr(ConsistencyTrainer, "asked", ask)
-    monkeypatch.setattr(ConsistencyTrainer, "jump", leap)
-    made.loss(batch_of(made, 0), Rng(0).at(0))
-    assert len(seen["told"]) == 2 and len(set(seen["asked"].tolist())) > 4
-    assert all(torch.allclose(one, seen["asked"]) for one in seen["told"])
-    assert ((seen["asked"] >= 1) & (seen["asked"] <= 5)).all()
-
-
-def test_a_student_heeds_the_scale_once_it_has_learnt() -> None:
-    made, label = make("lcm", dit_teacher(), steps=6), torch.tensor([0, 1, 2, 0])
-    assert told(made, label, 1.0).equal(told(made, label, 3.0))
-    run(made, 0, 4)
-    assert not told(made, label, 1.0).equal(told(made, label, 3.0))
-    assert told(made, label, 2.0).equal(told(made, label, made.config.guidance))
-
-
-def test_lcm_goes_on_bit_for_bit_after_a_resume() -> None:
-    made, again, third = (make("lcm", dit_teacher(), steps=6) for _ in range(3))
-    run(made, 0, 4)
-    run(again, 0, 2)
-    third.load_state(2, *saved(again))
-    run(third, 2, 4)
-    same(made.state(), third.state())
+from tests.helpers import dit_teacher, make, mlp_teacher, run
 
 
 @pytest.mark.parametrize("scale", [None, 1.0, 2.7])

@@ -54,7 +54,9 @@ def power_weighted(loss: Tensor, power: float, floor: float) -> Tensor:
     return loss / (loss + floor).detach() ** power
 
 
-def mixed_velocity(v: Tensor, free: Tensor, own: Tensor, omega: float, kappa: float) -> Tensor:
+def mixed_velocity(
+    v: Tensor, free: Tensor, own: Tensor, omega: float | Tensor, kappa: float
+) -> Tensor:
     """MeanFlow's guided target omega v + (1 - omega - kappa) free + kappa own.
 
     Where ``own`` has come to be its mean this is guidance by omega / (1 - kappa).
@@ -63,7 +65,7 @@ def mixed_velocity(v: Tensor, free: Tensor, own: Tensor, omega: float, kappa: fl
         v: the sample's own velocity z - x.
         free: the student's field without a class.
         own: its field for the class.
-        omega: weight of v.
+        omega: weight of v, one for all or a sample's own, expanded.
         kappa: weight of ``own``.
     """
     return omega * v + (1 - omega - kappa) * free + kappa * own

@@ -67,11 +67,16 @@ class ConsistencyConfig(ScalesConfig, DroppingConfig, ByOutputConfig):
     guidance_range: ScaleRange | None = Field(
         None, description="guidance drawn uniformly a sample, instead of the constant one"
     )
+    embedding: bool | None = Field(
+        None,
+        description="tell the student the guidance of the range; null, false: it learns the mean "
+        "over it, as adapters do",
+    )
 
     @property
     def tells(self) -> bool:
-        """See :attr:`ScalesConfig.tells`: never."""
-        return False
+        """See :attr:`ScalesConfig.tells`: as ``embedding`` says."""
+        return bool(self.embedding)
 
 
 class ConsistencyTrainer(Scales, Dropping, ByOutput):
@@ -91,6 +96,8 @@ class ConsistencyTrainer(Scales, Dropping, ByOutput):
     clips = True
     noise: NoiseSource = "fresh"
     sizes: tuple[int, ...] = (1, 2, 4, 8)
+    untold: ClassVar = "embedding=false"
+    experts: ClassVar = False  # whether its student is of several networks
     proofs: ClassVar = {
         "grid": Proof(
             ("gaussian", "gmm1d", "classes"),
@@ -120,12 +127,14 @@ class ConsistencyTrainer(Scales, Dropping, ByOutput):
         """The student, and an average of it as the target where one is asked for.
 
         Raises:
-            UserError: guidance without a teacher's step, a beginning that is not to be had, random
-                steps from where they forget all, or an output that ``by_output`` is not of.
+            UserError: guidance without a teacher's step, or to be told that is not drawn or that
+                its network cannot be told, a beginning that is not to be had, random steps from
+                where they forget all, or an output that ``by_output`` is not of.
         """
         c = self.config
         self.check_dropout()
         self.check_output()
+        self.check_scales()
         if isinstance(c.solver, Data) and c.guided:
             raise UserError(
                 "guidance: solver=data asks the teacher nothing that could be guided; set "
@@ -153,11 +162,29 @@ class ConsistencyTrainer(Scales, Dropping, ByOutput):
                 param.requires_grad_(False)
         self.span = Span(self.process, self.start, c.steps, self.drawn, self.device)
 
+    def check_scales(self) -> None:
+        """Refuse guidance to be told that is not drawn, or to one network of several."""
+        if self.config.embedding and self.config.guidance_range is None:
+            raise UserError(
+                "embedding: without guidance_range there is one scale only; give a range, or set "
+                "embedding=false"
+            )
+        if self.config.embedding and self.experts:
+            raise UserError(
+                "embedding: exports tell one network its guidance, and this student is of two; "
+                "set embedding=false"
+            )
+
+    @property
+    def further(self) -> Mapping[str, str]:
+        """Further numbers that the student is told, each with the key by which it would not be."""
+        return {}
+
     def beginning(self) -> tuple[Denoiser, bool]:
         """What the student begins as, and whether it is to be copied first."""
         if self.config.scratch:
-            return renewed(self.initial, self.config), False
-        return self.initial, True
+            return self.heeding(renewed(self.initial, self.config), False, **self.further)
+        return self.heeding(self.initial, **self.further)
 
     @property
     def fixed_point(self) -> FixedPoint:
@@ -212,7 +239,7 @@ class ConsistencyTrainer(Scales, Dropping, ByOutput):
 
     def loss(self, batch: Batch, rng: Rng) -> Loss:
         """Distance between the estimates at t and at r."""
-        student = self.denoiser(self.active)
+        student, batch = self.denoiser(self.active), self.telling(batch, rng)
         t, r = self.times(batch, rng)
         end = self.ends(t, r, batch, rng)
         with torch.no_grad():

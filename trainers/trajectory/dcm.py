@@ -67,6 +67,7 @@ class DCMTrainer(Opposed, SegmentsTrainer):
     config: DCMConfig
     kept = ("steps",)  # the experts' shares are parts of them
     phase = 0
+    experts: ClassVar = True
     proofs: ClassVar = {
         "two experts": Proof(
             ("gaussian", "gmm1d"),

@@ -9,6 +9,7 @@ this time, leads there.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import ClassVar, Literal
 
@@ -20,7 +21,6 @@ from stepdistill.data.batch import Batch
 from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.run.errors import UserError
 from stepdistill.run.rng import Rng
-from stepdistill.trainers.beginning import told
 from stepdistill.trainers.fixed_point import FixedPoint, Proof
 from stepdistill.trainers.score.opponent import TeacherConfig
 from stepdistill.trainers.trajectory.rival import Opposed, OpposedConfig
@@ -125,16 +125,10 @@ class HyperSDTrainer(Opposed, SegmentsTrainer):
         self.length = c.steps // self.count  # the last stage has what is left
         self._begin()
 
-    def beginning(self) -> tuple[Denoiser, bool]:
-        """See :meth:`ConsistencyTrainer.beginning`; a network that is told where jumps end.
-
-        Raises:
-            UserError: ends to be told to adapters.
-        """
-        first, copy = super().beginning()
-        if self.config.end != "told":
-            return first, copy
-        return told(self.config, first, "end", instead="end=fixed"), False
+    @property
+    def further(self) -> Mapping[str, str]:
+        """See :attr:`ConsistencyTrainer.further`: where jumps end."""
+        return {"end": "end=fixed"} if self.config.end == "told" else {}
 
     @property
     def fixed_point(self) -> FixedPoint:

@@ -20,17 +20,18 @@ from stepdistill.diffusion.sampler import NoiseSource
 from stepdistill.diffusion.timesteps import Density, Grid, Uniform
 from stepdistill.run.errors import UserError
 from stepdistill.run.rng import Rng
-from stepdistill.trainers.beginning import renewed, told
+from stepdistill.trainers.beginning import renewed
 from stepdistill.trainers.by_output import ByOutput, ByOutputConfig, of_drift
 from stepdistill.trainers.derived import known
 from stepdistill.trainers.fixed_point import FixedPoint, followed
+from stepdistill.trainers.trajectory.scales import Scales, ScalesConfig
 from stepdistill.trainers.trajectory.time_weight import TimeWeight
 
 CORNERS = {"kind": "u_shaped", "a": 4.0}
 """A proof's density of times: the longest steps, which are judged, are drawn as often as others."""
 
 
-class JumpConfig(ByOutputConfig):
+class JumpConfig(ScalesConfig, ByOutputConfig):
     """Settings of methods whose student is told where its step ends."""
 
     idle: ClassVar[Mapping[str, tuple[str, ...]]] = {"difference_step": ("derivative=jvp",)}
@@ -94,7 +95,7 @@ class Draw:
         return self.cond.ending(self.t)
 
 
-class JumpTrainer(ByOutput):
+class JumpTrainer(Scales, ByOutput):
     """Base of methods that learn the average velocity u(x_t, t, r) of a step from t to r.
 
     All is stated in rectified flow's coordinates y = x_t / (alpha + sigma) and
@@ -107,7 +108,7 @@ class JumpTrainer(ByOutput):
     needs: Literal["labels", "data", "pairs"] = "data"
     noise: NoiseSource = "predicted"
     sizes: tuple[int, ...] = (1, 2, 4, 8)
-    told: tuple[str, ...] = ()  # further numbers that the student is told
+    further: ClassVar[Mapping[str, str]] = {"end": ""}  # what the student is told
     weigh: TimeWeight | None = None
 
     def setup(self) -> None:
@@ -121,7 +122,7 @@ class JumpTrainer(ByOutput):
         if c.scratch and c.velocity == "teacher":
             raise UserError("scratch: a teacher's flow begins as the teacher; set scratch=false")
         first = renewed(self.initial, c) if c.scratch else self.initial
-        own = told(c, first, "end", *self.told)
+        own, _ = self.heeding(first, **self.further)
         self.add_player(
             "student",
             own,
@@ -161,6 +162,7 @@ class JumpTrainer(ByOutput):
 
     def draw_steps(self, batch: Batch, rng: Rng) -> Draw:
         """Two times a sample, the noisier one the image's own, and the same twice for a share."""
+        batch = self.telling(batch, rng)
         assert batch.x is not None
         one, two = (self.drawn(self.config.t, rng.uniform(k, batch.index)) for k in ("t", "r"))
         same = rng.uniform("diagonal", batch.index) < self.resting
@@ -174,8 +176,8 @@ class JumpTrainer(ByOutput):
     @torch.no_grad()
     def taught(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The teacher's field, guided as the config says, in flow coordinates."""
-        t = t.clamp_min(self.process.t_min)
-        return guided(self.teacher, x_t, t, cond, self.config.guidance).drift
+        scale = self.config.guidance if cond.guidance is None else cond.guidance
+        return guided(self.teacher, x_t, t.clamp_min(self.process.t_min), cond, scale).drift
 
     def parts(self, u: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """The clean part x and the noise z of states, of which z - x is u."""

@@ -10,13 +10,8 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from stepdistill.data.batch import Batch
-from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.losses.consistency import One, PairWeight
-from stepdistill.run.errors import UserError
 from stepdistill.run.plug import Plugged
-from stepdistill.run.rng import Rng
-from stepdistill.trainers.base import Loss
 from stepdistill.trainers.fixed_point import Proof
 from stepdistill.trainers.trajectory.consistency import ConsistencyConfig, ConsistencyTrainer
 from stepdistill.trainers.trajectory.pairs import Grid, Pairs
@@ -39,16 +34,11 @@ class LCMConfig(ConsistencyConfig):
     guidance_range: ScaleRange | None = Field(
         (1.0, 3.0), description="guidance drawn uniformly a sample, instead of the constant one"
     )
-    embedding: bool = Field(
+    embedding: bool | None = Field(
         True,
-        description="tell the student the guidance; false: it learns the mean over the range, as "
-        "adapters do",
+        description="tell the student the guidance of the range; false: it learns the mean over "
+        "it, as adapters do",
     )
-
-    @property
-    def tells(self) -> bool:
-        """See :attr:`ScalesConfig.tells`: as ``embedding`` says."""
-        return self.embedding
 
 
 class LCMTrainer(ConsistencyTrainer):
@@ -61,7 +51,6 @@ class LCMTrainer(ConsistencyTrainer):
 
     Config = LCMConfig
     config: LCMConfig
-    untold: ClassVar = "embedding=false"
     proofs: ClassVar = {
         "told": Proof(
             ("classes",),
@@ -75,28 +64,6 @@ class LCMTrainer(ConsistencyTrainer):
             | {"embedding": False, "guidance_range": None},
         ),
     }
-
-    def setup(self) -> None:
-        """See :meth:`ConsistencyTrainer.setup`.
-
-        Raises:
-            UserError: guidance to be told that is not drawn.
-        """
-        if self.config.embedding and self.config.guidance_range is None:
-            raise UserError(
-                "embedding: without guidance_range there is one scale only; give a range, or set "
-                "embedding=false"
-            )
-        super().setup()
-
-    def beginning(self) -> tuple[Denoiser, bool]:
-        """See :meth:`ConsistencyTrainer.beginning`; a network that is told the guidance."""
-        first, copy = super().beginning()
-        return self.heeding(first) if self.config.embedding else (first, copy)
-
-    def loss(self, batch: Batch, rng: Rng) -> Loss:
-        """See :meth:`ConsistencyTrainer.loss`; the student is told each sample's guidance."""
-        return super().loss(self.telling(batch, rng), rng)
 
 
 TRAINER = LCMTrainer

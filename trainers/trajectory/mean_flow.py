@@ -146,7 +146,8 @@ class MeanFlowTrainer(JumpTrainer):
         both = draw.still.stack(replace(draw.still, label=null))
         x_t, t = torch.cat([draw.x_t, draw.x_t]), torch.cat([draw.t, draw.t])
         own, free = self.student(x_t, t, both).drift.chunk(2)
-        omega = c.guidance * (1 - c.kappa)
+        scale = c.guidance if draw.cond.guidance is None else expand(draw.cond.guidance, own)
+        omega = scale * (1 - c.kappa)
         mixed = mixed_velocity(draw.straight, free, own, omega, c.kappa)
         progress = self.process.unwarp(draw.t)
         low, high = c.guided_times

@@ -67,27 +67,31 @@ class Scales(Trainer):
     config: ScalesConfig
     untold: ClassVar = "guidance_range=null"  # the key by which a student is told nothing
 
-    def heeding(self, first: Denoiser) -> tuple[Denoiser, bool]:
+    def heeding(self, first: Denoiser, copy: bool = True, /, **more: str) -> tuple[Denoiser, bool]:
         """What the student begins as, and whether it is to be copied first.
 
         Args:
             first: what it begins as where it is told nothing.
+            copy: whether that is to be copied.
+            more: further numbers that it is told, each with the key by which it would not be.
 
         Raises:
             UserError: scales below 1 are to be told, or others than what it samples by; or adapters
                 are to be told anything.
         """
         c = self.config
-        if not c.tells or c.guidance_range is None:
-            return first, True
-        low, high = c.guidance_range
-        if low < 1 or not low <= c.guidance <= high:
-            raise UserError(
-                f"guidance={c.guidance:g}: the student is told scales of guidance_range={low:g}"
-                f",{high:g}, which must begin at 1 or more and hold it"
-            )
-        own = told(c, first, "guidance", instead=self.untold)
-        own.scale = c.guidance
+        if c.tells and c.guidance_range is not None:
+            low, high = c.guidance_range
+            if low < 1 or not low <= c.guidance <= high:
+                raise UserError(
+                    f"guidance={c.guidance:g}: the student is told scales of guidance_range={low:g}"
+                    f",{high:g}, which must begin at 1 or more and hold it"
+                )
+            more["guidance"] = self.untold
+        if not more:
+            return first, copy
+        own = told(c, first, *more, instead=next(iter(more.values())))
+        own.scale = c.guidance if "guidance" in more else own.scale
         return own, False
 
     def scale(self, batch: Batch, rng: Rng) -> float | Tensor:

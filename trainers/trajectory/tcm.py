@@ -61,6 +61,7 @@ class TCMTrainer(ConsistencyTrainer):
     config: TCMConfig
     kept = ("steps",)  # the stages are parts of them
     phase = 0
+    experts: ClassVar = True
     sizes: tuple[int, ...] = (1, 2, 4)
     proofs: ClassVar = {
         "two stages": Proof(

@@ -67,7 +67,7 @@ class TwinFlowTrainer(JumpTrainer):
 
     Config = TwinFlowConfig
     config: TwinFlowConfig
-    told = ("twin",)
+    further: ClassVar = {"end": "", "twin": ""}
     proofs: ClassVar = {
         "teacher": Proof(
             ("gaussian",),
@@ -138,7 +138,7 @@ class TwinFlowTrainer(JumpTrainer):
 
     def exact_loss(self, batch: Batch, rng: Rng) -> Loss:
         """The loss, in fp32 but for own images and the fields at them."""
-        c = self.config
+        c, batch = self.config, self.telling(batch, rng)
         kind, s, r = self.times(batch, rng)
         t, own = self.placed(s), kind == PARTS - 1
         z = self.z(batch, rng)

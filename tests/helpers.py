@@ -93,7 +93,10 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
             "adversary": {"student": 0.1, "r1": 1.0},
         },
     },
-    "kd": {"features": {"student_steps": 2, "metric": "huber", "perceptual": {}, "guidance": 1.5}},
+    "kd": {
+        "features": {"student_steps": 2, "metric": "huber", "perceptual": {}, "guidance": 1.5},
+        "walk": {"student_steps": 3, "states": "walk"},
+    },
     "ladd": {"teacher": {"student_steps": 2, "discriminator_steps": 2, "adversary": {"r1": 1.0}}},
     "crd": {"tilted by a reward": {"group_size": 2, "student_steps": 2, "guidance": 1.5}},
     "lcm": {
@@ -330,7 +333,8 @@ def batch_of(made: Trainer, step: int) -> Batch:
     if made.needs == "labels":
         return made.batch(step)
     index, rng = made.batch(step).index, Rng(7).at(step)
-    x = rng.normal("image", index, made.teacher.sample_shape).tanh()
+    kept = () if made.config.kept_steps is None else (made.config.kept_steps,)
+    x = rng.normal("image", index, (*kept, *made.teacher.sample_shape)).tanh()
     z = rng.normal("pair", index, made.teacher.sample_shape) if made.needs == "pairs" else None
     return made.batch(step, x=x, z=z)
 

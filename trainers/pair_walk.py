@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.diffusion.process import expand
 from stepdistill.diffusion.sampler import first_state, full, sample
-from stepdistill.diffusion.timesteps import grid_between, uniform_grid
+from stepdistill.diffusion.timesteps import grid_between, regular_start, uniform_grid
 from stepdistill.run.errors import UserError
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.settings import PairsConfig, TrainConfig, without_substeps
@@ -66,7 +67,33 @@ def plan_of(
         solver=solver,
         images=None if images is None else fingerprint(images),
         store=None if pairs.store == "fp32" else pairs.store,
+        kept=kept_beside(config, teacher),
     )
+
+
+def kept_beside(config: TrainConfig, teacher: Denoiser) -> tuple[float, ...] | None:
+    """Progress, falling, of the walk's states that a config wants beside each image.
+
+    Raises:
+        UserError: they are no states of the walk, or cannot be kept as pixels.
+    """
+    pairs, count = settings(config), config.kept_steps
+    if count is None:
+        return None
+    if pairs.steps % count:
+        raise UserError(
+            f"pairs.steps={pairs.steps} is no multiple of student_steps={count}, so that the walk "
+            "passes by none of the student's times; set it to one"
+        )
+    if pairs.store == "uint8":
+        raise UserError(
+            "pairs.store=uint8: states between noise and image are no pixels; take fp16 or bf16"
+        )
+    if pairs.invert:
+        raise UserError("pairs.invert: states are kept of walks down from noise; set it to false")
+    start = regular_start(teacher.process, teacher.head.name)
+    start = start if config.start is None else config.start
+    return tuple(start * (1 - place / count) for place in range(1, count))
 
 
 def images_of(config: TrainConfig) -> ImageSet | None:
@@ -124,10 +151,10 @@ class PairWalk:
                 "pairs.solver=dpm: extrapolates clean estimates, which does not lead up to pure "
                 "noise; take euler or heun with pairs.invert"
             )
-        if teacher.ends and (images is not None or not is_euler(solver)):
+        if teacher.ends and (images is not None or plan.kept or not is_euler(solver)):
             raise UserError(
                 f"pairs.solver={kind}: this teacher is told where its steps end; it walks by "
-                "euler alone, and down"
+                "euler alone, and down, and of its walk no states are kept"
             )
 
     def __call__(self, index: Tensor) -> Pairs:
@@ -135,7 +162,8 @@ class PairWalk:
         e = self.plan.noise(index)
         if self.images is None:
             label = self.plan.labels(index)
-            return Pairs(e, self.image(e, self.cond(label)), label)
+            draw = self.states if self.plan.kept else self.image
+            return Pairs(e, draw(e, self.cond(label)), label)
         x, label = self.images.load(index.tolist())
         return Pairs(self.noise(x, e, self.cond(label)), x, label)
 
@@ -151,6 +179,19 @@ class PairWalk:
             if is_euler(self.solver):
                 return sample(self.teacher, z, grid, cond, guidance=self.plan.guidance).cpu()
             return self._along(first_state(self.teacher.process, z, grid[0]), grid, cond).cpu()
+
+    def states(self, z: Tensor, cond: Cond) -> Tensor:
+        """Images of noise [B, *S] and the states that the plan keeps beside, on the CPU."""
+        process, kept = self.teacher.process, self.plan.kept or ()
+        inner = process.warp(torch.tensor(kept, dtype=torch.float64)).tolist()
+        stops, part = (process.t_max, *inner, 0.0), self.plan.steps // (1 + len(kept))
+        found = []
+        with torch.no_grad(), self.autocast():
+            state = first_state(process, z.to(self.teacher.device), stops[0])
+            for high, low in pairwise(stops):
+                state = self._along(state, grid_between(high, low, part, process), cond)
+                found.append(state)
+        return torch.stack([found[-1], *found[:-1]], dim=1).cpu()
 
     def noise(self, x: Tensor, e: Tensor, cond: Cond, steps: int | None = None) -> Tensor:
         """Noise of images [B, *S], on the CPU: the end of the flow from a trace of e."""

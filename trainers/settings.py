@@ -281,3 +281,8 @@ class TrainConfig(Section):
     def pair_store(self) -> PairsConfig | None:
         """The pairs of noise and image that the run trains on, if it does."""
         return None
+
+    @property
+    def kept_steps(self) -> int | None:
+        """The student's steps, of two or more, at whose times states are kept with pairs."""
+        return None

@@ -29,7 +29,7 @@ class Pairs:
 
     Args:
         z: noise [B, *shape], fp32.
-        x: images [B, *shape], fp32.
+        x: images [B, *shape], fp32; [B, 1 + K, *shape] with the states that a plan keeps beside.
         label: classes [B], int64; 0 where there are none.
     """
 
@@ -56,6 +56,7 @@ class PairPlan:
         images: fingerprint of the real images whose noise is found by walking up; None: noise is
             drawn, and its image found by walking down.
         store: the type that images are kept in; None: fp32.
+        kept: progress, falling, of the K states of the walk that are kept beside the image.
     """
 
     teacher: str
@@ -70,6 +71,12 @@ class PairPlan:
     solver: str | None = None
     images: str | None = None
     store: Kept | None = None
+    kept: tuple[float, ...] | None = None
+
+    @property
+    def held(self) -> tuple[int, ...]:
+        """The shape of what is kept of a pair but its noise."""
+        return self.shape if self.kept is None else (1 + len(self.kept), *self.shape)
 
     @staticmethod
     def read(facts: dict[str, Any]) -> PairPlan:
@@ -78,7 +85,8 @@ class PairPlan:
         Raises:
             TypeError: they are not a plan's.
         """
-        return PairPlan(**facts | {"shape": tuple(facts.get("shape", ()))})
+        lists = {name: tuple(value) for name, value in facts.items() if isinstance(value, list)}
+        return PairPlan(**facts | {"shape": ()} | lists)
 
     def facts(self) -> dict[str, Any]:
         """What a manifest says of it: all fields but those that are off."""
@@ -108,7 +116,7 @@ class PairPlan:
         """Bytes of the store's tensors."""
         kept = self.store or "fp32"
         noise = max(2, BYTES[kept]) if self.images else 0
-        return self.num * (math.prod(self.shape) * (BYTES[kept] + noise) + 8)
+        return self.num * (math.prod(self.held) * BYTES[kept] + math.prod(self.shape) * noise + 8)
 
     def alike(self, other: PairPlan) -> str | None:
         """The first thing in which another store's pairs are of another kind; None: of the same.

@@ -1,6 +1,6 @@
 """A shard: one safetensors file of pairs, written whole, and what can be told of it.
 
-Tensors: x [n, *shape] in the type that the plan names, label [n] int64, and z [n, *shape] where
+Tensors: x [n, *held] in the type that the plan names, label [n] int64, and z [n, *shape] where
 noise was found and not drawn. A shard is a function of its plan.
 """
 
@@ -200,8 +200,8 @@ def faults(folder: Folder, piece: Piece, size: int | None) -> Iterator[str]:
         yield "is of another plan"
         return
     index, kept = plan.indices(piece.shard), load(folder.read(name))
-    wanted = {"x": [len(index), *plan.shape], "label": [len(index)]}
-    wanted |= {"z": wanted["x"]} if plan.images else {}
+    wanted = {"x": [len(index), *plan.held], "label": [len(index)]}
+    wanted |= {"z": [len(index), *plan.shape]} if plan.images else {}
     if header.shapes != wanted:
         yield f"holds {header.shapes}, not {wanted}"
         return

@@ -88,9 +88,9 @@ class PairStore:
         total = int(self._ends[-1])
         mirrored, places = places >= total, places % total
         shards = np.searchsorted(self._ends, places, side="right")
-        shape = (len(places), *self.parts[0].shape)
-        x, label = torch.empty(shape), torch.empty(len(places), dtype=torch.int64)
-        z, own = torch.empty(shape), np.empty(len(places), dtype=np.int64)
+        part = self.parts[0]
+        x, z = (torch.empty(len(places), *shape) for shape in (part.held, part.shape))
+        label, own = torch.empty(len(places), dtype=torch.int64), np.empty(len(places), np.int64)
         drawn: dict[PairPlan, list[Positions]] = {}
         for shard in np.unique(shards).tolist():
             rows, piece, kept = (

@@ -13,6 +13,7 @@ NOISE_WORDS = {
     "predicted": "the noise that the network predicts (a deterministic walk)",
     "fresh": "fresh Gaussian noise at every step",
     "initial": "the noise that the walk started from",
+    "heun": "the noise that the network predicts, by Heun's steps of two passes each",
 }
 
 
@@ -43,7 +44,7 @@ def model_card(
         default_steps: number of steps when none is asked for.
         classes: class names by label, if the model takes labels.
         grids: a literal scheduler's grids; None for a stock scheduler.
-        noise: that scheduler's noise source: predicted, fresh or initial.
+        noise: that scheduler's noise source: predicted, fresh, initial or heun.
         stock: name of the stock scheduler that walks these grids in its place.
         figures: measured rows, each a mapping from column to value.
     """

@@ -22,7 +22,7 @@ from diffusers.utils.outputs import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 FILE_NAME = "literal_grid.py"
-NOISE_SOURCES = ("predicted", "fresh", "initial")
+NOISE_SOURCES = ("predicted", "fresh", "initial", "heun")
 ROW_KEYS = ("time", "scale", "alpha", "sigma", "a", "b", "expert")
 TOLD_KEYS = ("end",)
 
@@ -45,6 +45,11 @@ class LiteralGridScheduler(SchedulerMixin, ConfigMixin):
     is the predicted z (Euler and DDIM steps), fresh (consistency and distribution matching
     students) or the initial noise (students on straight paths). Arithmetic is fp32.
 
+    With ``heun`` every other row stands where the step before it has led by the predicted z: what
+    the network says there is averaged with what it said before, and the step taken once more, in
+    coordinates x_t / (alpha + sigma) against sigma / (alpha + sigma), in which paths of rectified
+    flows are straight. The last row has no such twin.
+
     Steps are counted, never looked up by time, so two rows may share a time.
 
     Args:
@@ -53,15 +58,16 @@ class LiteralGridScheduler(SchedulerMixin, ConfigMixin):
             told, the factor on its input, the coefficients above, and which network runs (0 is
             ``model``, 1 is ``model_2``, ...); and ``"end"``, the further number that says where the
             step ends, for a network that is told.
-        noise: where n comes from: ``predicted``, ``fresh`` or ``initial``.
+        noise: where n comes from: ``predicted``, ``fresh`` or ``initial``; or ``heun``, the
+            predicted one in steps of the second order, of two rows each.
         default_steps: the number of steps taken when none is asked for.
         clip: clamp every clean estimate to [-clip, clip]; None does not.
         stock: for a network that knows all times, and may be walked by any grid: a stock scheduler
             that tells its process and output, as its config with ``_class_name``; else None.
 
     Raises:
-        ValueError: a grid that is empty, incomplete or singular, an unknown noise source, or a
-            default without its grid.
+        ValueError: a grid that is empty, incomplete or singular, or for ``heun`` one of an even
+            number of rows; an unknown noise source, or a default without its grid.
     """
 
     order = 1
@@ -78,6 +84,8 @@ class LiteralGridScheduler(SchedulerMixin, ConfigMixin):
         if noise not in NOISE_SOURCES:
             raise ValueError(f"noise is {noise!r}; known sources are {', '.join(NOISE_SOURCES)}")
         literal = {str(steps): _checked(str(steps), rows) for steps, rows in grids.items()}
+        if noise == "heun" and any(len(rows) % 2 == 0 for rows in literal.values()):
+            raise ValueError("noise is 'heun', whose grids have odd numbers of rows")
         self.register_to_config(
             grids=literal,
             noise=noise,
@@ -113,18 +121,19 @@ class LiteralGridScheduler(SchedulerMixin, ConfigMixin):
             [row["time"] for row in self._rows], dtype=torch.float32, device=device
         )
         self._initial: torch.Tensor | None = None
+        self._before: tuple[torch.Tensor, torch.Tensor] | None = None  # of heun
         self._begin_index = self._step_index = 0
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Stand before row ``begin_index`` instead of the first.
 
         Raises:
-            ValueError: no such row, or a later one where the initial noise would not be known.
+            ValueError: no such row, or a later one that needs what came before it.
         """
         if not 0 <= begin_index < len(self._rows):
             raise ValueError(f"begin_index is {begin_index}, the grid has {len(self._rows)} rows")
-        if begin_index and self.config.noise == "initial":
-            raise ValueError("noise is 'initial', so the walk must begin at row 0")
+        if begin_index and self.config.noise in ("initial", "heun"):
+            raise ValueError(f"noise is {self.config.noise!r}, so the walk must begin at row 0")
         self._begin_index = self._step_index = begin_index
 
     @property
@@ -191,9 +200,12 @@ class LiteralGridScheduler(SchedulerMixin, ConfigMixin):
         self._step_index += 1
         if self._step_index == len(self._rows):
             moved = x
+        elif self.config.noise == "heun" and self._step_index % 2 == 0:
+            moved = self._again(row, z - x)
         else:
             after = self._rows[self._step_index]
             moved = after["alpha"] * x + after["sigma"] * self._noise(z, generator)
+            self._before = (x_t, z - x) if self.config.noise == "heun" else None
         if not return_dict:
             return moved, x
         return LiteralGridOutput(prev_sample=moved, pred_original_sample=x)
@@ -237,10 +249,20 @@ class LiteralGridScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"all {len(self._rows)} steps were taken; call set_timesteps again")
         return self._rows[self._step_index]
 
+    def _again(self, row: Mapping[str, Any], slope: torch.Tensor) -> torch.Tensor:
+        """The step to this row once more, by the mean of its slopes z - x at both ends."""
+        assert self._before is not None
+        x_t, first = self._before
+        start = self._rows[self._step_index - 2]
+        size, before = row["alpha"] + row["sigma"], start["alpha"] + start["sigma"]
+        width = row["sigma"] / size - start["sigma"] / before
+        moved: torch.Tensor = size * (x_t / before + width / 2 * (first + slope))
+        return moved
+
     def _noise(
         self, z: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None
     ) -> torch.Tensor:
-        if self.config.noise == "predicted":
+        if self.config.noise in ("predicted", "heun"):
             return z
         if self.config.noise == "initial":
             assert self._initial is not None

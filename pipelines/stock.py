@@ -64,6 +64,8 @@ def stock_scheduler(
         raise ValueError(f"none knows {head.name} of the process {process.name}")
     if noise == "initial":
         raise ValueError("none mixes the noise that the walk began with")
+    if noise == "heun":
+        raise ValueError("none takes Heun's steps by a grid that is given")
     if isinstance(process, RF):
         return _flow(noise, grids, clip)
     return _variance_preserving(process, config, noise, grids, clip)

@@ -138,7 +138,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "default": {},
         "no_rollout": {"critic_rollout": False, "critic_steps": 2, "phase_steps": 3},
     },
-    "reflow": {"huber": {}},
+    "reflow": {"huber": {}, "heun": {"update": "heun"}},
     "rcm": {
         "guided": {"guidance": 1.5, "critic_steps": 2, "own_steps": 2, "regularizer": 0.5}
         | {"alone": 0}

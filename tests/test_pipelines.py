@@ -21,7 +21,7 @@ from diffusers.utils import dynamic_modules_utils
 from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser, Experts
 from stepdistill.diffusion.process import EDM, RF, VP, Trig
-from stepdistill.diffusion.sampler import sample
+from stepdistill.diffusion.sampler import sample, twice
 from stepdistill.pipelines.card import model_card
 from stepdistill.pipelines.folder import write_pipeline
 from stepdistill.pipelines.image import ImagePipeline
@@ -206,8 +206,9 @@ def test_initial_noise_stays_on_the_straight_line():
     for x, (alpha, sigma) in zip(xs, [(0.5, 0.5), (0.8, 0.2), (1.0, 0.0)], strict=True):
         x_t = scheduler.step(x, 0.0, x_t).prev_sample
         torch.testing.assert_close(x_t, alpha * x + sigma * z, rtol=0, atol=1e-6)
-    with pytest.raises(ValueError, match="begin at row 0"):
-        scheduler.set_begin_index(1)
+    for noise in ("initial", "heun"):
+        with pytest.raises(ValueError, match="begin at row 0"):
+            LiteralGridScheduler(grid, noise, 3).set_begin_index(1)
 
 
 # The literal grid as a state machine
@@ -251,6 +252,8 @@ def test_scheduler_refuses_what_it_cannot_walk():
         LiteralGridScheduler(grids, default_steps=4)
     with pytest.raises(ValueError, match="known sources are predicted, fresh, initial"):
         LiteralGridScheduler(grids, "freh")
+    with pytest.raises(ValueError, match="whose grids have odd numbers of rows"):
+        LiteralGridScheduler(grids, "heun")
     with pytest.raises(ValueError, match="as many as its name"):
         LiteralGridScheduler({"2": grids["1"]})
     with pytest.raises(ValueError, match="singular"):
@@ -279,18 +282,21 @@ PROCESSES |= {"vp-v": PROCESSES["vp-eps"], "edm-edm-f": EDM(), "trig-trig-f": Tr
 
 
 @pytest.mark.parametrize("kind", PROCESSES)
-@pytest.mark.parametrize("noise", ["predicted", "fresh", "initial"])
+@pytest.mark.parametrize("noise", ["predicted", "fresh", "initial", "heun"])
 def test_pipeline_draws_the_samplers_images(kind, noise):
     process, dit = PROCESSES[kind], tiny_dit()
     den = Denoiser(dit, process, kind.partition("-")[2])
     grids, walks = {}, {}
     for n in (1, 2, 4):
         even = torch.linspace(1, 0, n + 1)
-        walks[n] = (process.warp(even[:-1])).tolist() + [0.0]
-        grids[n] = literal_rows(den, walks[n])
-    pipe = ImagePipeline(dit, LiteralGridScheduler(grids, noise, 4), default_steps=4)
+        times = (process.warp(even[:-1])).tolist() + [0.0]
+        passes, times = (2 * n - 1, twice(tuple(times))) if noise == "heun" else (n, times)
+        walks[passes] = times
+        grids[passes] = literal_rows(den, times)
+    most = max(walks)
+    pipe = ImagePipeline(dit, LiteralGridScheduler(grids, noise, most), default_steps=most)
     pipe.set_progress_bar_config(disable=True)
-    labels, z = torch.tensor([3, 1, 4, 1]), noise_from_seeds(SEEDS, SHAPE, 4)
+    labels, z = torch.tensor([3, 1, 4, 1]), noise_from_seeds(SEEDS, SHAPE, most)
     for n, times in walks.items():
         with torch.no_grad():
             x = sample(den, z[0], tuple(times), Cond(labels), noise=noise, fresh=z.__getitem__)

@@ -14,10 +14,18 @@ from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser, Experts
 from stepdistill.diffusion.guidance import guided
 from stepdistill.diffusion.process import EDM, RF, VP
-from stepdistill.diffusion.sampler import full, move, sample
-from stepdistill.diffusion.timesteps import uniform_grid
+from stepdistill.diffusion.sampler import full, heun_step, move, sample, twice
+from stepdistill.diffusion.timesteps import grid_between, uniform_grid
 from stepdistill.oracles.denoiser import Oracle
-from tests.helpers import close, karras_grid, mlp_teacher, noise, small_mlp, start_scale
+from tests.helpers import (
+    close,
+    karras_grid,
+    mlp_teacher,
+    noise,
+    processes,
+    small_mlp,
+    start_scale,
+)
 
 BATCH = 16
 
@@ -201,6 +209,36 @@ def test_all_noise_sources_agree_on_the_first_step() -> None:
     ]
     close(ends[1], ends[0])
     close(ends[2], ends[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["rf", "vp", "edm", "trig"])
+def test_heun_s_walk_is_of_the_second_order(name) -> None:
+    """On the way, whose last step is one of Euler's; halved steps leave a quarter of the error."""
+    process = processes()[name]
+    z, std, low = noise(), 0.6, uniform_grid(process, 4)[3]
+    den = Oracle(process, "x0", torch.zeros(1, *z.shape[1:]), std)
+    t = torch.tensor([process.t_max, low], dtype=torch.float64)
+    c = process.coefs(t)
+    radius = torch.sqrt((c.alpha * std) ** 2 + c.sigma**2)
+    exact = (c.sigma[0] * z * radius[1] / radius[0]).float()
+    errors = []
+    for steps in (16, 32):
+        even = grid_between(process.t_max, low, steps, process)
+        grid = twice((*even, 0.0))  # left before its last step, which is Euler's
+        state = sample(den, z, grid, Cond(), noise="heun", stop=2 * steps)
+        errors.append(float((state - exact).square().mean().sqrt()))
+    assert 3.2 < errors[0] / errors[1] < 5
+
+
+@torch.no_grad()
+def test_heun_of_rectified_flow_is_the_solver_s() -> None:
+    den, z, cond = mlp_teacher(), noise(), Cond(torch.arange(BATCH) % 3)
+    walked = sample(den, z, twice((1.0, 0.6, 0.3, 0.0)), cond, noise="heun")
+    x_t = z
+    for t, r in ((1.0, 0.6), (0.6, 0.3), (0.3, 0.0)):
+        x_t = heun_step(den, x_t, full(z, t), full(z, r), cond)
+    close(walked, x_t)
 
 
 @torch.no_grad()

@@ -91,6 +91,7 @@ def test_what_none_can_do_is_told_and_nothing_written(folder, method, keys, why)
         (EDM(), "edm-f", "fresh", EVEN, None, "knows edm-f"),
         (RF(), "x0", "fresh", EVEN, None, "knows x0"),
         (RF(), "velocity", "initial", EVEN, None, "noise that the walk began with"),
+        (RF(), "velocity", "heun", EVEN, None, "Heun's steps by a grid that is given"),
         (RF(), "velocity", "fresh", EVEN, 1.0, "clips clean estimates"),
         (TABLE, "eps", "fresh", {2: (1.0, 0.4997, 0.0)}, None, "between the entries"),
         (TABLE, "eps", "predicted", {2: (1.0, 0.4, 0.0)}, 1.0, "none clips"),

@@ -2,7 +2,7 @@
 
 Every step predicts, then moves to x' = alpha' x + sigma' n. Only n differs: the predicted noise
 (Euler's method on the probability flow, the same as DDIM), fresh noise (consistency, DMD), or
-the initial noise (straight flows).
+the initial noise (straight flows). Heun's method predicts a second time where such a step leads.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from stepdistill.diffusion.guidance import guided
 from stepdistill.diffusion.process import Process, expand
 from stepdistill.diffusion.timesteps import Grid
 
-NoiseSource = Literal["predicted", "fresh", "initial"]
+NoiseSource = Literal["predicted", "fresh", "initial", "heun"]
 
 
 class Sampled(Protocol):
@@ -67,8 +67,8 @@ def sample(
     Args:
         den: what predicts.
         z: standard normal noise [B, C, *S].
-        grid: decreasing times, from the noisiest to 0.
-        noise: where each step's noise comes from.
+        grid: decreasing times, from the noisiest to 0; for ``noise="heun"`` each inner one twice.
+        noise: where each step's noise comes from; heun: predicted, in steps of the second order.
         fresh: for ``noise="fresh"``, the noise [B, C, *S] that step i (from 1) ends with.
         guidance: classifier-free guidance scale; 1 is none.
         clip: clamp clean estimates to [-clip, clip], for pixels.
@@ -80,7 +80,7 @@ def sample(
     if noise == "fresh" and fresh is None and len(grid) > 2:
         raise ValueError("sample: noise='fresh' needs fresh=, the source of each step's noise")
     process = den.process
-    x_t = first_state(process, z, grid[0])
+    x_t, before = first_state(process, z, grid[0]), None
     for i in range(len(grid) - 1 if stop is None else stop):
         owner = den.at(grid[i])
         told = cond.ending(full(z, grid[i + 1])) if owner.ends else cond
@@ -89,11 +89,29 @@ def sample(
             pred.clip(clip)
         if grid[i + 1] == 0:
             return pred.x
+        if noise == "heun" and before is not None:
+            x_t, before = averaged(before, pred), None
+            continue
+        before = pred
         n = z if noise == "initial" else None
         if noise == "fresh" and fresh is not None:
             n = fresh(i + 1)
         x_t = move(pred, process, full(z, grid[i + 1]), n)
     return x_t
+
+
+def averaged(first: Prediction, second: Prediction) -> Tensor:
+    """The state of ``second``, which the step from ``first`` has led to, by the mean of both slopes
+    in rectified flow's coordinates."""
+    sizes = [c.alpha + c.sigma for c in (first.c, second.c)]
+    width = second.c.sigma / sizes[1] - first.c.sigma / sizes[0]
+    return sizes[1] * (first.x_t / sizes[0] + width / 2 * (first.drift + second.drift))
+
+
+def twice(grid: Grid) -> Grid:
+    """The times of Heun's walk by a grid: each inner one twice."""
+    inner = (time for time in grid[1:-1] for _ in range(2))
+    return (grid[0], *inner, grid[-1])
 
 
 def heun_step(

@@ -12,7 +12,8 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from stepdistill.data.batch import Batch
-from stepdistill.diffusion.timesteps import Density, UShaped
+from stepdistill.diffusion.sampler import twice
+from stepdistill.diffusion.timesteps import Density, Grid, UShaped, uniform_grid
 from stepdistill.losses.reflow import ReflowMetric, velocity_loss
 from stepdistill.run.errors import UserError
 from stepdistill.run.rng import Rng
@@ -43,10 +44,11 @@ class ReflowConfig(LineConfig):
     perceptual: FlowPerceptualConfig | None = Field(
         None, description="a distance of features beside it, with faded_huber; null: none"
     )
-    update: Literal["predicted", "initial"] | None = Field(
+    update: Literal["predicted", "initial", "heun"] | None = Field(
         None,
-        description="the noise of a step's end: predicted, which is Euler's step, or the initial "
-        "one, rf++'s new update, for flows from pure noise; null: predicted",
+        description="the sampler's steps: predicted noise, which is Euler's step; the initial one, "
+        "rf++'s new update, for flows from pure noise; or heun, Euler's and a second pass where it "
+        "leads, so that there are 1, 3, 5 or 7 passes; null: predicted",
     )
 
 
@@ -62,7 +64,7 @@ class ReflowTrainer(LineTrainer):
     Config = ReflowConfig
     config: ReflowConfig
     flows = True
-    sizes = (1, 2, 4, 8)
+    sizes: tuple[int, ...] = (1, 2, 4, 8)
     proofs: ClassVar = {
         "pairs": Proof(("gaussian", "gmm1d", "gmm2d", "classes"), {"metric": "l2"}),
         "huber": Proof(("gaussian",), {"metric": "huber"}),
@@ -92,7 +94,14 @@ class ReflowTrainer(LineTrainer):
                 "the initial; set update=null, or take a flow teacher and start=null"
             )
         self.noise = c.update or "predicted"
+        self.sizes = (1, 3, 5, 7) if c.update == "heun" else self.sizes
         self.perceptual = self.look(c.perceptual)
+
+    def grids(self) -> dict[int, Grid]:
+        """See :meth:`Trainer.grids`; by Heun of so many passes."""
+        if self.config.update != "heun":
+            return super().grids()
+        return {n: twice(uniform_grid(self.process, (n + 1) // 2, self.start)) for n in self.sizes}
 
     def loss(self, batch: Batch, rng: Rng) -> Loss:
         """Velocity against the pair's straight path, and the images beside it."""

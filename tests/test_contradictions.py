@@ -151,6 +151,21 @@ SAID = [
     ),
     (
         "hyper_sd-digits",
+        ("discriminator.lr=1e-3",),
+        "discriminator: does nothing with adversary=null",
+    ),
+    (
+        "flow_map-digits",
+        ("form=psd_m", "gradient=semi"),
+        "gradient: does nothing with form=psd_m",
+    ),
+    (
+        "ect-digits",
+        ("steps=50",),
+        "optim.warmup_steps=100: the learning rate comes to 50% of optim.lr in steps=50",
+    ),
+    (
+        "hyper_sd-digits",
         ("student_steps=4", "adversary={student: 0.1}"),
         "adversary: does nothing in stages of 4 segments and more",
     ),

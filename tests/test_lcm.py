@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 
 from stepdistill.adapters import scalars
-from stepdistill.commands.export import scheduler_of
+from stepdistill.commands.export import scheduler_of, told_scales
 from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.sampler import sample
 from stepdistill.pipelines.folder import write_pipeline
@@ -51,6 +53,25 @@ def test_the_pipeline_takes_any_scale_in_one_pass(tmp_path, scale) -> None:
     with pytest.raises(ValueError, match="told scales from 1 on"):
         pipe(["a"], guidance_scale=0.5)
     assert isinstance(pipe, ImagePipeline) or type(pipe).__name__ == "ImagePipeline"
+
+
+def test_the_pipeline_warns_of_scales_that_were_not_learnt() -> None:
+    made = make("lcm", dit_teacher(), steps=8, guidance_range=(1.0, 4.0))
+    best = made.best()
+    pipe = ImagePipeline(
+        best.plain(),
+        scheduler_of(made, 1),
+        null_label=made.teacher.null_label,
+        extra=scalars.held(best.net),
+        guidance_range=told_scales(made),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for scale in (1.0, 4.0):
+            pipe([0], guidance_scale=scale, output_type="pt")
+    with pytest.warns(UserWarning, match=r"^guidance_scale is 4.5, learnt were \[1.0, 4.0\]$"):
+        pipe([0], guidance_scale=4.5, output_type="pt")
 
 
 @pytest.mark.parametrize(

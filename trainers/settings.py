@@ -263,14 +263,20 @@ class TrainConfig(Section):
         return self.guided
 
     def without_effect(self) -> list[str]:
-        """A line for each key that was given and that does nothing beside another."""
+        """A line for each key that was given and does nothing beside another, or too little."""
 
         def holds(setting: str) -> bool:
             key, _, value = setting.partition("=")
             own = getattr(self, key)
-            return (f"{own:g}" if isinstance(own, float) else str(own)) == value
+            text = "null" if own is None else f"{own:g}" if isinstance(own, float) else str(own)
+            return text == value
 
-        return [
+        warm, share = self.optim.warmup_steps, self.steps / max(self.optim.warmup_steps, 1)
+        slow = (
+            f"optim.warmup_steps={warm}: the learning rate comes to {share:.0%} of optim.lr in "
+            f"steps={self.steps}"
+        )
+        return ([slow] if share < 1 else []) + [
             f"{key}: does nothing with {setting}"
             for key, settings in self.idle.items()
             for setting in settings

@@ -26,6 +26,7 @@ from stepdistill.run.errors import UserError
 from stepdistill.run.log import read_rows
 from stepdistill.run.player import difference
 from stepdistill.trainers.base import Trainer
+from stepdistill.trainers.trajectory.scales import ScalesConfig
 
 SEEDS = tuple(range(8))
 
@@ -86,7 +87,7 @@ def export(
         overwrite=overwrite,
         check=lambda folder: seen.append(proven(trainer, folder, out, tolerance)),
         extra=scalars.held(members(trainer.best())[0].net),
-        settings={"routes": routes(trainer), **walk},
+        settings={"routes": routes(trainer), "guidance_range": told_scales(trainer), **walk},
     )
     return seen[0]
 
@@ -245,6 +246,12 @@ def routes(trainer: Trainer) -> dict[str, int] | None:
     if not isinstance(den, Routed):
         return None
     return {str(label): place for label, place in enumerate(den.routes)}
+
+
+def told_scales(trainer: Trainer) -> tuple[float, float] | None:
+    """The range of guidance scales that a student was told while it learnt, if it was."""
+    config = trainer.config
+    return config.guidance_range if isinstance(config, ScalesConfig) and config.tells else None
 
 
 def default_steps(trainer: Trainer, asked: int | None) -> int:

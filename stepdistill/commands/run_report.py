@@ -51,7 +51,8 @@ def report(run: Path, out: Path | None = None, *, overwrite: bool = False) -> Pa
     rows = [row for row in read_rows(run) if "losses" in row or "eval" in row]
     if not rows:
         raise UserError(
-            f"{run}: log.jsonl has no rows yet; wait for {config.log.every_steps} steps"
+            f"{run}: log.jsonl has no rows: the first comes after log.every_steps="
+            f"{config.log.every_steps} steps, before which the run is or was stopped"
         )
     write_text(path, html_page(f"{config.method}: {run.name}", page(run, config, rows)))
     return path

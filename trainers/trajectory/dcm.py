@@ -32,6 +32,8 @@ SEMANTIC, DETAIL = "student", "student_2"
 class DCMConfig(SegmentsConfig, OpposedConfig):
     """Settings of ``dcm``."""
 
+    idle: ClassVar = {**SegmentsConfig.idle, **OpposedConfig.idle}
+
     student_steps: Literal[2] = Field(2, description="steps of the student: one an expert")
     boundary: float | None = Field(
         None,

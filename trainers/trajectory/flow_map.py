@@ -37,6 +37,8 @@ SHORT = 1e-3  # ways below it are as even in flow time as in the process's own
 class FlowMapConfig(JumpConfig):
     """Settings of ``flow_map``."""
 
+    idle: ClassVar = {**JumpConfig.idle, "gradient": ("form=psd_m", "form=psd_u")}
+
     form: Literal["lsd", "esd", "psd_m", "psd_u"] = Field(
         "lsd",
         description="the condition: Lagrangian, Eulerian, or two steps for one, divided in the "

@@ -30,6 +30,8 @@ from stepdistill.trainers.trajectory.segments import SegmentsConfig, SegmentsTra
 class HyperSDConfig(SegmentsConfig, OpposedConfig):
     """Settings of ``hyper_sd``."""
 
+    idle: ClassVar = {**SegmentsConfig.idle, **OpposedConfig.idle}
+
     first: int = Field(8, ge=1, description="segments of the first stage; halved stage by stage")
     student_steps: int = Field(1, ge=1, description="segments of the last stage")
     end: Literal["fixed", "random", "told"] = Field(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import ClassVar
 
 from pydantic import Field
 from torch import Tensor
@@ -125,6 +126,8 @@ def lifted(t: Tensor, low: Tensor, process: Process) -> Tensor:
 
 class OpposedConfig(ConsistencyConfig):
     """Settings of a student of consistency with a discriminator beside."""
+
+    idle: ClassVar = {**ConsistencyConfig.idle, "discriminator": ("adversary=null",)}
 
     adversary: TeacherConfig | None = Field(
         None, description="a discriminator of jumps and their targets; null: none"

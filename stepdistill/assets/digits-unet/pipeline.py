@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import json
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,6 +58,7 @@ class ImagePipeline(DiffusionPipeline):
         walks: for a few-step student on a stock scheduler, by number of steps, as text: the
             sigmas or timesteps that the scheduler is set to; no other number is taken.
         start: standard deviation of the state that the walk starts from; the scheduler's if None.
+        guidance_range: scales that a network which is told them has learnt; others are warned of.
 
     Raises:
         ValueError: class names that are not unique.
@@ -84,6 +86,7 @@ class ImagePipeline(DiffusionPipeline):
         extra: Any = None,
         walks: Mapping[str, Sequence[float]] | None = None,
         start: float | None = None,
+        guidance_range: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(
@@ -103,6 +106,7 @@ class ImagePipeline(DiffusionPipeline):
             routes=None if routes is None else dict(routes),
             walks=None if walks is None else {n: list(walk) for n, walk in walks.items()},
             start=start,
+            guidance_range=None if guidance_range is None else list(guidance_range),
         )
 
     @torch.no_grad()
@@ -144,6 +148,9 @@ class ImagePipeline(DiffusionPipeline):
         count = num_images if labels is None else len(labels)
         scale = self.config.default_guidance if guidance_scale is None else guidance_scale
         target = None if labels is None else torch.tensor(labels, device=device)
+        known = self.config.get("guidance_range")
+        if known and not known[0] <= scale <= known[1]:
+            warnings.warn(f"guidance_scale is {scale:g}, learnt were {known}", stacklevel=3)
         null = None if self._tells(scale) else self._null(target, scale)
         self._set_steps(num_inference_steps, device)
         x_t = self._start(count, generator, latents, device)

@@ -20,7 +20,7 @@ from stepdistill.run.rng import mix
 _WORD = (1 << 32) - 1
 _OWN = frozenset(  # what `generate` gives itself
     "self num_inference_steps output_type generator batch_size num_images prompt class_labels"
-    " return_dict".split()
+    " return_dict image".split()
 )
 
 
@@ -34,6 +34,7 @@ def generate(
     prompts: Sequence[str] | None = None,
     batch_size: int = 250,
     options: Mapping[str, object] | None = None,
+    images: Tensor | None = None,
 ) -> Tensor:
     """Draw samples [N, C, H, W] fp32 in [-1, 1], on the CPU.
 
@@ -49,6 +50,7 @@ def generate(
         prompts: for a text pipeline, taken in turn by index.
         batch_size: samples a call.
         options: further arguments of the call, such as guidance_scale.
+        images: of each sample, the small picture [N, C, h, w] in [0, 1] that is made large.
 
     Raises:
         UserError: arguments that the pipeline does not take or refuses.
@@ -60,8 +62,10 @@ def generate(
         if option not in accepted or option in _OWN:
             raise UserError(f"{name}: {option} cannot be set; it takes {', '.join(accepted)}")
     chosen = _labels(pipeline, accepted, wanted, labels)
-    if ("prompt" in accepted) != bool(prompts):
-        raise UserError(f"{name} {'needs' if 'prompt' in accepted else 'takes no'} prompts")
+    given = {"prompt": ("prompts", bool(prompts)), "image": ("small pictures", images is not None)}
+    for key, (what, there) in given.items():
+        if (key in accepted) != there:
+            raise UserError(f"{name} {'takes no' if there else 'needs'} {what}")
     pipeline.set_progress_bar_config(disable=True)
     parts = []
     for start in range(0, len(wanted), batch_size):
@@ -71,13 +75,13 @@ def generate(
         call |= {key: len(part) for key in ("batch_size", "num_images") if key in accepted}
         if prompts:
             call["prompt"] = [prompts[index % len(prompts)] for index in part]
-        if chosen is not None:
-            call["class_labels"] = chosen[start : start + batch_size]
+        for key, rows in (("image", images), ("class_labels", chosen)):
+            call |= {} if rows is None else {key: rows[start : start + batch_size]}
         try:
-            images = pipeline(**call, **(options or {})).images
+            made = pipeline(**call, **(options or {})).images
         except ValueError as error:
             raise UserError(f"{name} refuses the call (steps={steps}): {error}") from error
-        parts.append(_as_tensor(images) * 2 - 1)
+        parts.append(_as_tensor(made) * 2 - 1)
     return torch.cat(parts)
 
 

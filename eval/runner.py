@@ -21,10 +21,12 @@ from stepdistill.eval.fid import CleanFid, Moments
 from stepdistill.eval.frechet import Stats, frechet_distance
 from stepdistill.eval.images import save_images
 from stepdistill.eval.kid import kid
+from stepdistill.eval.paired import feature_distance, psnr
 from stepdistill.eval.prdc import precision_recall
 from stepdistill.run.errors import UserError
 
-METRICS = ("fd", "kid", "pr", "diversity", "fid", "clip", "straightness")
+PAIRED = ("psnr", "feature_distance")  # of samples that stand for a real picture each
+METRICS = ("fd", "kid", "pr", "diversity", "fid", "clip", "straightness", *PAIRED)
 _RECORDED = ("stepdistill", "torch", "diffusers", "clean-fid", "open_clip_torch")
 
 
@@ -33,7 +35,9 @@ class Row(BaseModel):
 
     ``fd``, ``kid``, ``precision`` and ``recall`` are in the feature space ``features``;
     ``diversity`` is the mean pairwise pixel distance of the samples; ``fid`` is clean-fid's;
-    ``straightness`` is of the flow's paths, whatever the steps of the samples.
+    ``straightness`` is of the flow's paths, whatever the steps of the samples. ``psnr``, in
+    decibels, and ``feature_distance``, in that feature space, are means over pictures that are made
+    large, against the real ones.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -57,6 +61,8 @@ class Row(BaseModel):
     clip: float | None = None
     clip_model: str | None = None
     straightness: float | None = None
+    psnr: float | None = None
+    feature_distance: float | None = None
     train_seconds: float | None = None
     versions: dict[str, str] = {}
 
@@ -126,6 +132,7 @@ def evaluate(
     metrics: Sequence[str] = ("fd", "kid", "diversity"),
     clip: ClipScorer | None = None,
     captions: Sequence[str] | None = None,
+    real: Tensor | None = None,
 ) -> list[Row]:
     """Figures for each set of samples, in order of steps.
 
@@ -138,10 +145,11 @@ def evaluate(
         metrics: of fd, kid, pr, diversity, fid, clip; straightness is not of samples, and left.
         clip: the scorer, if clip is asked for.
         captions: one a sample; else by class, where a sample's class is its index modulo theirs.
+        real: the picture that each sample stands for.
 
     Raises:
-        UserError: unknown metric, samples of another shape than the reference, too few samples, or
-            a tool for fid or clip that is missing.
+        UserError: an unknown metric, or one for which there is no scorer, tool or real picture;
+            samples of another shape than the reference, or too few.
     """
     for name in set(metrics) - set(METRICS):
         raise UserError(f"unknown metric {name}; known: {', '.join(METRICS)}")
@@ -170,8 +178,25 @@ def evaluate(
             row.fid, row.fid_mode = _fid(images, reference)
         if "clip" in metrics:
             row.clip, row.clip_model = _clip(images, reference, clip, captions)
+        _paired_figures(row, images, reference, metrics, real)
         rows.append(row)
     return rows
+
+
+def _paired_figures(
+    row: Row, images: Tensor, reference: Reference, metrics: Sequence[str], real: Tensor | None
+) -> None:
+    """Fill in what compares each sample with the picture that it stands for."""
+    for name in set(PAIRED) & set(metrics):
+        if real is None:
+            raise UserError(
+                f"{name}: these samples stand for no real picture each; give a pipeline that makes "
+                "small pictures large"
+            )
+        found = psnr(images, real) if name == "psnr" else None
+        if found is None:
+            found = feature_distance(reference.extractor, images, real)
+        setattr(row, name, float(found.mean()))
 
 
 def _feature_figures(

@@ -17,6 +17,8 @@ _COLUMNS: tuple[tuple[str, Callable[[Row], str | None]], ...] = (
     ("fid", lambda row: _number(row.fid, ".2f")),
     ("clip", lambda row: _number(row.clip, ".2f")),
     ("straightness", lambda row: _number(row.straightness, ".4f")),
+    ("psnr", lambda row: _number(row.psnr, ".2f")),
+    ("feature distance", lambda row: _number(row.feature_distance, ".3f")),
 )
 
 

@@ -31,6 +31,7 @@ def model_card(
     noise: str | None = None,
     stock: str | None = None,
     figures: Sequence[Mapping[str, Any]] = (),
+    degrade: Mapping[str, Any] | None = None,
 ) -> str:
     """Markdown with a YAML header.
 
@@ -47,6 +48,7 @@ def model_card(
         noise: that scheduler's noise source: predicted, fresh, initial or heun.
         stock: name of the stock scheduler that walks these grids in its place.
         figures: measured rows, each a mapping from column to value.
+        degrade: how the pictures were made small that the model makes large.
     """
     header = {
         "library_name": "diffusers",
@@ -54,6 +56,7 @@ def model_card(
     }
     facts = [("teacher", teacher), ("method", method), ("data", data)]
     facts += [("classes", ", ".join(classes))] if classes else []
+    facts += [("input", _input(degrade))] if degrade else []
     facts += [("steps", _steps(default_steps, grids))]
     facts += [("noise between steps", NOISE_WORDS[noise])] if noise else []
     facts += [("scheduler", f"{stock}, set to `walks` of model_index.json")] if stock else []
@@ -62,7 +65,7 @@ def model_card(
         f"# {title}",
         table(("", ""), facts),
         "## Use",
-        _example(folder, default_steps, classes),
+        _example(folder, default_steps, classes, small=bool(degrade)),
         "The folder carries its own pipeline class, which needs torch and diffusers only; "
         "`trust_remote_code=True` lets diffusers run it.",
     ]
@@ -70,10 +73,14 @@ def model_card(
         parts += ["## Sampling grid", _grid_text(grids)]
     if figures:
         columns = list(dict.fromkeys(column for row in figures for column in row))
-        rows = [[row.get(column, "") for column in columns] for row in figures]
-        parts += ["## Figures", table(columns, rows)]
-    parts += ["## Made by", f"```sh\n{command}\n```"]
-    return "\n\n".join(parts) + "\n"
+        cells = ([row.get(column, "") for column in columns] for row in figures)
+        parts += ["## Figures", table(columns, list(cells))]
+    return "\n\n".join([*parts, "## Made by", f"```sh\n{command}\n```"]) + "\n"
+
+
+def _input(degrade: Mapping[str, Any]) -> str:
+    how = f"by halvings ({degrade['kernel']})"
+    return f"pictures {degrade['factor']} times smaller each way, {how}"
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -94,13 +101,17 @@ def _steps(default: int, grids: Mapping[str, Any] | None) -> str:
     return f"{', '.join(sorted(grids, key=int))}; {default} if none is given"
 
 
-def _example(folder: str, default_steps: int, classes: Sequence[str] | None) -> str:
+def _example(
+    folder: str, default_steps: int, classes: Sequence[str] | None, *, small: bool = False
+) -> str:
     some = json.dumps(list(classes or ())[:4], ensure_ascii=False)
     asked = f"class_labels={some}" if classes else "num_images=4"
+    asked = 'Image.open("small.png")' if small else asked
+    more = "from PIL import Image\n" if small else ""
     where = json.dumps(folder, ensure_ascii=False)
     return (
         "```python\n"
-        "from diffusers import DiffusionPipeline\n"
+        f"from diffusers import DiffusionPipeline\n{more}"
         f"pipe = DiffusionPipeline.from_pretrained({where}, trust_remote_code=True)\n"
         f"images = pipe({asked}, num_inference_steps={default_steps}).images\n"
         'images[0].save("image.png")\n'

@@ -14,6 +14,7 @@ from torch import nn
 
 from stepdistill.pipelines.image import MODEL_NAMES, ImagePipeline
 from stepdistill.pipelines.literal_grid import LiteralGridScheduler
+from stepdistill.pipelines.upscale import UpscalePipeline
 from stepdistill.run.errors import UserError
 from stepdistill.run.files import whole_folder
 
@@ -55,14 +56,14 @@ def write_pipeline(
         overwrite: replace a pipeline folder that is already there.
         check: is shown the folder before it takes its place; what it raises leaves ``out`` alone.
         extra: embeds the further numbers of the scheduler's grid.
-        settings: further ones of the pipeline: ``routes``, ``walks``, ``start``.
+        settings: further ones, such as ``routes``; with ``degrade`` it makes small pictures large.
 
     Raises:
         UserError: ``out`` is taken, or networks and scheduler do not fit together.
     """
     refuse_taken(out, overwrite)
     _check_fit(modules, scheduler, default_steps)
-    pipeline = ImagePipeline(
+    pipeline = (UpscalePipeline if "degrade" in (settings or {}) else ImagePipeline)(
         scheduler=scheduler,
         classes=classes,
         default_steps=default_steps,

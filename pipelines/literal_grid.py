@@ -66,8 +66,8 @@ class LiteralGridScheduler(SchedulerMixin, ConfigMixin):
             that tells its process and output, as its config with ``_class_name``; else None.
 
     Raises:
-        ValueError: a grid that is empty, incomplete or singular, or for ``heun`` one of an even
-            number of rows; an unknown noise source, or a default without its grid.
+        ValueError: a grid that is empty, incomplete or singular, or for ``heun`` one whose rows but
+            the first are not there twice; an unknown noise source, or a default without its grid.
     """
 
     order = 1
@@ -84,8 +84,8 @@ class LiteralGridScheduler(SchedulerMixin, ConfigMixin):
         if noise not in NOISE_SOURCES:
             raise ValueError(f"noise is {noise!r}; known sources are {', '.join(NOISE_SOURCES)}")
         literal = {str(steps): _checked(str(steps), rows) for steps, rows in grids.items()}
-        if noise == "heun" and any(len(rows) % 2 == 0 for rows in literal.values()):
-            raise ValueError("noise is 'heun', whose grids have odd numbers of rows")
+        if noise == "heun" and not all(map(_twofold, literal.values())):
+            raise ValueError("noise is 'heun', whose rows but the first are there twice each")
         self.register_to_config(
             grids=literal,
             noise=noise,
@@ -286,6 +286,11 @@ def _solve(
     if a == 0.0:
         return x, h if b == 1.0 else h / b
     return x, (alpha * h - a * x_t) / det
+
+
+def _twofold(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether each row but the first is there twice."""
+    return len(rows) % 2 == 1 and all(rows[k] == rows[k + 1] for k in range(1, len(rows), 2))
 
 
 def _checked(steps: str, rows: Sequence[Mapping[str, float]]) -> list[dict[str, Any]]:

@@ -35,11 +35,13 @@ with open(sys.argv[1], encoding="utf-8") as file:
 torch.set_num_threads(task["threads"])
 pipe = DiffusionPipeline.from_pretrained(task["folder"], trust_remote_code=True)
 pipe.set_progress_bar_config(disable=True)
-images = {}
+images, more = {}, {"num_images": len(task["seeds"])}
+if task["low"]:
+    more = {"image": torch.tensor(task["low"])}
 for steps in task["steps"]:
     images[str(steps)] = pipe(
         class_labels=task["labels"],
-        num_images=len(task["seeds"]),
+        **more,
         num_inference_steps=steps,
         generator=[torch.Generator("cpu").manual_seed(seed) for seed in task["seeds"]],
         output_type="pt",
@@ -72,9 +74,14 @@ def noise_from_seeds(seeds: Sequence[int], shape: Sequence[int], count: int) -> 
 
 
 def draw_folder(
-    out: Path, steps: Sequence[int], labels: Sequence[int] | None, seeds: Sequence[int]
+    out: Path,
+    steps: Sequence[int],
+    labels: Sequence[int] | None,
+    seeds: Sequence[int],
+    low: Tensor | None = None,
 ) -> dict[int, Tensor]:
-    """Images [B, C, H, W] in [0, 1] for each number of steps, drawn by a fresh interpreter on CPU.
+    """Images [B, C, H, W] in [0, 1] for each number of steps, drawn by a fresh interpreter on CPU;
+    of small pictures made large where some are given.
 
     In it stepdistill cannot be imported and the Hub is not asked; its copy of the folder's code is
     kept apart from the user's cache.
@@ -89,6 +96,7 @@ def draw_folder(
             "steps": list(steps),
             "labels": None if labels is None else list(labels),
             "seeds": list(seeds),
+            "low": None if low is None else low.tolist(),
             "threads": torch.get_num_threads(),
             "images": str(images),
         }
@@ -114,6 +122,7 @@ def verify_folder(
     labels: Sequence[int] | None,
     seeds: Sequence[int],
     tolerance: float = 1e-5,
+    low: Tensor | None = None,
 ) -> float:
     """Reload a folder among strangers and hold its images against the training sampler's.
 
@@ -125,6 +134,7 @@ def verify_folder(
         labels: class labels [B], or None for an unconditional model.
         seeds: one for each sample [B].
         tolerance: largest difference allowed between images in [0, 1].
+        low: small pictures [B, C, h, w] in [0, 1] that are made large, or None.
 
     Returns:
         The largest difference between any two pixels in [0, 1].
@@ -137,7 +147,7 @@ def verify_folder(
     counts |= set() if labels is None else {len(labels)}
     if len(counts) != 1 or not expected:
         raise UserError(f"verify: samples, labels and seeds differ in number: {sorted(counts)}")
-    drawn = draw_folder(out, list(expected), labels, seeds)
+    drawn = draw_folder(out, list(expected), labels, seeds, low)
     differences: dict[int, float] = {}
     for steps, x in expected.items():
         wanted, got = (x.detach().cpu().float() / 2 + 0.5).clamp(0, 1), drawn[steps].float()

@@ -192,7 +192,10 @@ def eval(  # noqa: A001
     steps: Annotated[str, typer.Option(help="numbers of steps, as 1,2,4")] = "1,2,4",
     num: Annotated[int, typer.Option(help="samples of each evaluation", min=2)] = 2000,
     metrics: Annotated[
-        str, typer.Option(help="of fd, kid, pr, diversity, fid, clip, straightness")
+        str,
+        typer.Option(
+            help="of fd, kid, pr, diversity, fid, clip, straightness, psnr, feature_distance"
+        ),
     ] = "fd,kid,diversity",
     features: Annotated[
         str | None, typer.Option(help="feature space: digits, pixels or inception")

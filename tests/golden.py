@@ -24,7 +24,7 @@ import torch
 
 from stepdistill.losses.distance import Distance
 from stepdistill.trainers.find import methods, trainer
-from tests.helpers import batch_of, cases, make, mlp_teacher
+from tests.helpers import SEEING, batch_of, cases, make, mlp_teacher, seeing_teacher
 
 FOLDER = Path(__file__).with_name("golden")
 STEPS, SLACK = 20, 1e-6
@@ -77,7 +77,7 @@ def curve(method: str, keys: dict[str, Any], *, jitter: float = 0.0) -> Curve:
     """
     if keys.get("derivative") == "upwind":
         keys = keys | WIDE
-    teacher = mlp_teacher()
+    teacher = seeing_teacher() if method in SEEING else mlp_teacher()
     generator = torch.Generator().manual_seed(1)
     for param in teacher.net.parameters():
         param.data *= 1 + jitter * torch.randn(param.shape, generator=generator)

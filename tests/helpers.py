@@ -21,6 +21,7 @@ from stepdistill.trainers.base import Trainer
 from stepdistill.trainers.find import trainer
 
 MEAN, STD = 0.5, 1.3  # the target of the convergence runs
+SEEING = {"yonos"}  # methods for networks that are fed a picture
 SMALL_NETWORK = {"type": "UNet2DModel", "config": {}}  # what a config must name; not built here
 EXACT = {"derivative": "jvp"}  # differences would enlarge a difference in rounding
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
@@ -291,6 +292,29 @@ def dit_teacher() -> Denoiser:
     return Denoiser(net, RF(), "velocity", classes=("a", "b", "c"), null_label=3)
 
 
+def seeing_teacher() -> Denoiser:
+    """As :func:`dit_teacher`, of a network that is fed a picture beside the state."""
+    from diffusers import DiTTransformer2DModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = DiTTransformer2DModel(
+            num_attention_heads=2,
+            attention_head_dim=8,
+            in_channels=2,
+            out_channels=1,
+            num_layers=2,
+            sample_size=8,
+            patch_size=2,
+            num_embeds_ada_norm=3,
+            norm_num_groups=1,
+        )
+        with torch.no_grad():
+            for param in net.parameters():
+                param.add_(0.1 * torch.randn(param.shape))
+    return Denoiser(net, RF(), "velocity", classes=("a", "b", "c"), null_label=3)
+
+
 def unet_teacher() -> Denoiser:
     """A flow teacher on 8x8 images with three classes, by diffusers' UNet with attention."""
     from diffusers import UNet2DModel
@@ -321,8 +345,14 @@ def make(
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     **keys: Any,
 ) -> Trainer:
-    """The trainer of a method; six steps of a batch of eight unless said otherwise."""
+    """The trainer of a method; six steps of a batch of eight unless said otherwise.
+
+    A method for networks that are fed a picture has one in the teacher's place.
+    """
     cls = trainer(method)
+    if method in SEEING:
+        keys = {"data": {"degrade": {"factor": 4}}, **keys}
+        teacher = teacher if teacher.beside else seeing_teacher()
     keys = {"run": "unused", "teacher": "unused", "steps": 6, "batch_size": 8, **keys}
     config = cls.Config(**{"method": method, **keys})
     return cls(config, teacher, rank=rank, world=world, autocast=autocast)

@@ -141,7 +141,7 @@ def test_every_shipped_teacher_has_students_of_its_own() -> None:
     (dit,), (unet,) = (
         entries_of(["sim-digits"], [1], "0", teacher=name) for name in ("digits-dit", "digits-unet")
     )
-    assert (dit.name, unet.name) == ("sim-digits-k1-s0", "sim-digits-unet-k1-s0")
+    assert (dit.name, unet.name) == ("sim-digits-k1-s0", "sim-digits@unet-k1-s0")
     assert read_config(unet.config, unet.keys)[1].teacher == "digits-unet"
     assert dit.plan != unet.plan and dit.settings != unet.settings
     with pytest.raises(
@@ -159,8 +159,10 @@ def test_a_teacher_s_own_config_takes_part_in_place_of_the_common_one() -> None:
     assert (dit["sim"].config, unet["sim"].config) == ("sim-digits", "sim-digits")
     assert (unet["scm"].name, unet["scm"].keys) == ("scm-digits-unet-k2-s0", ())
     (named,) = entries_of(["scm-digits"], [2], "0", teacher="digits-unet")
-    assert (named.config, named.name) == ("scm-digits", unet["scm"].name)
-    assert named.settings != unet["scm"].settings
+    assert (named.config, named.name) == ("scm-digits", "scm-digits@unet-k2-s0")
+    assert (named.method, unet["scm"].method) == ("scm", "scm")
+    with pytest.raises(UserError, match="is of the teacher digits-unet; give --teacher digits-u"):
+        entries_of(["scm-digits-unet"], [2], "0")
 
 
 def test_overrides_are_of_all_that_take_part(capsys) -> None:

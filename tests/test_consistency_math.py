@@ -221,10 +221,16 @@ def test_published_map_of_ect_is_of_noise_levels_in_any_process(process) -> None
 def test_published_pairs_never_meet_and_leave_pure_noise(process) -> None:
     low = max(process.t_min, 1e-3)
     t = torch.linspace(low, process.t_max, 400)
-    for stage in range(10):
+    for stage in range(30):
         r = level_partner(t, stage, 2.0, 8.0, process)
-        assert (r < t).all() and (r >= 0).all()
-        assert InverseGap(levels=True)(t, r, process).isfinite().all()
+        level = torch.exp(-process.log_snr(t) / 2).clamp_max(80)
+        kept = (1 + 8 * torch.sigmoid(-level)) * 2.0 ** -(stage + 1) < 1
+        assert (r < t).all() and ((r > 0) == (kept & (t > process.t_min))).all()
+    weight = InverseGap(levels=True)
+    grid = process.warp(torch.linspace(1, 0, 129))
+    n = torch.exp(-process.log_snr(grid.double()) / 2)
+    found = weight(grid[:-1], grid[1:], process)
+    assert (found <= 1.01 / (n[:-1] - n[1:]) + 1e-9).all()
     top = level_partner(t[-1:], 0, 2.0, 8.0, process)
     assert float(torch.exp(-process.log_snr(top) / 2)) == pytest.approx(40, rel=1e-3)
 

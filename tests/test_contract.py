@@ -16,8 +16,9 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from stepdistill.commands.export import SEEDS
+from stepdistill.commands.export import SEEDS, small_pictures
 from stepdistill.commands.read import read_config
+from stepdistill.data.degrade import raised
 from stepdistill.diffusion.cond import Cond
 from stepdistill.pipelines.verify import noise_from_seeds
 from stepdistill.run import checkpoint
@@ -152,13 +153,14 @@ def trainer_of(run: Path) -> Trainer:
     return made
 
 
-def drawn(made: Trainer, labels: Tensor) -> dict[int, Tensor]:
+def drawn(made: Trainer, labels: Tensor, low: Tensor | None = None) -> dict[int, Tensor]:
     """The trainer's own images, by number of steps, from the noise that the pipeline will draw."""
-    images = {}
+    images, shape = {}, made.teacher.sample_shape
+    cond = Cond(labels, image=None if low is None else raised(low * 2 - 1, shape[1:]))
     for steps in made.grids():
-        z = noise_from_seeds(SEEDS, made.teacher.sample_shape, steps)
+        z = noise_from_seeds(SEEDS, shape, steps)
         noise = SimpleNamespace(normal=lambda name, *_, z=z: z[int(name.rpartition("-")[2])])
-        images[steps] = made.draw(z[0], Cond(labels), steps, noise, torch.arange(len(SEEDS)))
+        images[steps] = made.draw(z[0], cond, steps, noise, torch.arange(len(SEEDS)))
     return images
 
 
@@ -185,8 +187,11 @@ def test_an_export_reloaded_draws_what_the_trainer_drew(folder, whole, method) -
         for param in made.best().net.parameters():
             param.data = param.data.half().float()
     labels = torch.arange(len(SEEDS)) % len(made.teacher.classes)
-    for steps, x in drawn(made, labels).items():
+    low = small_pictures(made, 1) if made.teacher.beside else None
+    more = {} if low is None else {"image": low}
+    for steps, x in drawn(made, labels, low).items():
+        call = {"class_labels": labels, "num_inference_steps": steps, "output_type": "pt"}
         noise = [torch.Generator().manual_seed(seed) for seed in SEEDS]
-        images = pipe(labels, generator=noise, num_inference_steps=steps, output_type="pt").images
+        images = pipe(**call, **more, generator=noise).images
         assert (images - (x / 2 + 0.5).clamp(0, 1)).abs().max() < 1e-5, steps
         assert images.std() > 0.05

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from stepdistill.commands.read import read_config
-from stepdistill.commands.train import train
+from stepdistill.commands.train import never_warm, train
 from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.diffusion.process import RF
 from stepdistill.diffusion.timesteps import LogitNormal, Uniform
@@ -160,16 +160,24 @@ SAID = [
         "gradient: does nothing with form=psd_m",
     ),
     (
-        "ect-digits",
-        ("steps=50",),
-        "optim.warmup_steps=100: the learning rate comes to 50% of optim.lr in steps=50",
-    ),
-    (
         "hyper_sd-digits",
         ("student_steps=4", "adversary={student: 0.1}"),
         "adversary: does nothing in stages of 4 segments and more",
     ),
 ]
+
+
+def test_a_rate_that_never_comes_to_its_own_is_said() -> None:
+    """Of each player, by the updates that its schedule spans: of stages, the present one's."""
+    optim = {"warmup_steps": 100, "lr": 1e-3}
+    made = make("consistency", mlp_teacher(), steps=50, optim=optim)
+    line = "student: of warmup_steps=100 it makes 50, so that its learning rate comes to 50% of lr="
+    assert never_warm(made) == [f"{line}0.001"]
+    assert never_warm(make("consistency", mlp_teacher(), steps=100, optim=optim)) == []
+    keys = {"pairs": {"kind": "ect", "stages": 2}, "steps": 120, "optim": optim}
+    assert "it makes 60" in never_warm(make("tcm", mlp_teacher(), **keys))[0]
+    critic = make("sim", mlp_teacher(), steps=20, critic={"warmup_steps": 500})
+    assert [one.partition(":")[0] for one in never_warm(critic)] == ["critic"]
 
 
 @pytest.mark.parametrize(("config", "keys", "line"), SAID, ids=lambda v: str(v)[:40])

@@ -90,7 +90,10 @@ def test_what_cannot_be_evaluated_is_named(reference, images):
         run(images, metrics=["clip"])
     with pytest.raises(UserError, match="fid was asked for, but the reference"):
         run(images, metrics=["fid"])
-    assert set(METRICS) == {"fd", "kid", "pr", "diversity", "fid", "clip", "straightness"}
+    with pytest.raises(UserError, match="psnr: these samples stand for no real picture"):
+        run(images, metrics=["psnr"])
+    own = {"fd", "kid", "pr", "diversity", "fid", "clip", "straightness"}
+    assert set(METRICS) == own | {"psnr", "feature_distance"}
 
 
 def test_another_network_is_never_fid(images):

@@ -206,9 +206,10 @@ def test_initial_noise_stays_on_the_straight_line():
     for x, (alpha, sigma) in zip(xs, [(0.5, 0.5), (0.8, 0.2), (1.0, 0.0)], strict=True):
         x_t = scheduler.step(x, 0.0, x_t).prev_sample
         torch.testing.assert_close(x_t, alpha * x + sigma * z, rtol=0, atol=1e-6)
-    for noise in ("initial", "heun"):
+    heun = LiteralGridScheduler({"3": [*grid["3"][:2], grid["3"][1]]}, "heun", 3)
+    for made in (scheduler, heun):
         with pytest.raises(ValueError, match="begin at row 0"):
-            LiteralGridScheduler(grid, noise, 3).set_begin_index(1)
+            made.set_begin_index(1)
 
 
 # The literal grid as a state machine
@@ -252,8 +253,8 @@ def test_scheduler_refuses_what_it_cannot_walk():
         LiteralGridScheduler(grids, default_steps=4)
     with pytest.raises(ValueError, match="known sources are predicted, fresh, initial"):
         LiteralGridScheduler(grids, "freh")
-    with pytest.raises(ValueError, match="whose grids have odd numbers of rows"):
-        LiteralGridScheduler(grids, "heun")
+    with pytest.raises(ValueError, match="whose rows but the first are there twice each"):
+        LiteralGridScheduler(flow_grid([1.0, 0.6, 0.3]), "heun", 3)
     with pytest.raises(ValueError, match="as many as its name"):
         LiteralGridScheduler({"2": grids["1"]})
     with pytest.raises(ValueError, match="singular"):

@@ -255,6 +255,8 @@ def test_stop_leaves_on_the_way() -> None:
 def test_fresh_noise_needs_a_source() -> None:
     with pytest.raises(ValueError, match="fresh="):
         sample(mlp_teacher(), noise(), (1.0, 0.5, 0.0), Cond(), noise="fresh")
+    with pytest.raises(ValueError, match="each inner time of the grid twice"):
+        sample(mlp_teacher(), noise(), (1.0, 0.6, 0.3, 0.0), Cond(), noise="heun")
 
 
 @torch.no_grad()

@@ -64,6 +64,7 @@ def test_product_keeps_the_rule(shipped, root, rule) -> None:
         f"{path.relative_to(root)}:{line}"
         for path in shipped.values()
         if path.suffix == ".py"
+        if rule is not too_long or "assets" not in path.parts  # which hold copies
         for line in rule(path.read_text("utf-8"))
     ]
     assert not wrong, "\n".join(wrong)

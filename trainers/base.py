@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from stepdistill.adapters.recompute import can_recompute
 from stepdistill.data.batch import Batch
+from stepdistill.data.degrade import seen
 from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser, Experts
 from stepdistill.diffusion.sampler import NoiseSource, sample
@@ -33,7 +34,7 @@ from stepdistill.losses.regression import clip_through
 from stepdistill.run.errors import UserError
 from stepdistill.run.player import OptimConfig, Player
 from stepdistill.run.rng import Rng
-from stepdistill.trainers.beginning import begin, recomputed, role_of
+from stepdistill.trainers.beginning import begin, needs_image, recomputed, role_of
 from stepdistill.trainers.fixed_point import FixedPoint, Proof
 from stepdistill.trainers.settings import TrainConfig
 
@@ -150,6 +151,8 @@ class Trainer(ABC):
         self.shares: dict[Density, float] = {}
         self.wrap, self.autocast = wrap, autocast
         self.setup()
+        if needs_image(teacher, config, self.needs):
+            self.needs = "data"
         share = config.batch_size // world
         if share % self.group:
             raise UserError(
@@ -315,7 +318,14 @@ class Trainer(ABC):
             count = len(self.teacher.classes) if own is None else len(own)
             label = rng.integers("label", index // self.group, count)
             label = label if own is None else own[label]
-        return Batch(index, Cond(label if self.teacher.classes else None), x, z)
+        image = self.seen(x, step, index) if self.teacher.beside and x is not None else None
+        return Batch(index, Cond(label if self.teacher.classes else None, image=image), x, z)
+
+    def seen(self, x: Tensor, step: int, index: Tensor, factor: int | None = None) -> Tensor:
+        """What networks are fed of pictures [B, C, H, W] beside the state, by a step's draws."""
+        degrade = self.config.data.degrade
+        assert degrade is not None
+        return seen(x, degrade, Rng(self.config.seed).at(step), index, factor)
 
     def owned(self, step: int) -> Tensor | None:
         """The classes that a step trains, where labels are drawn; None for all."""

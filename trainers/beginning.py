@@ -113,6 +113,38 @@ def recomputed(den: Denoiser) -> None:
         ) from error
 
 
+def needs_image(teacher: Denoiser, config: TrainConfig, needs: str) -> bool:
+    """Whether a teacher is fed an image beside the state, which is made of the data's.
+
+    Raises:
+        UserError: the config does not say how, or says it for nothing; or the method knows no data.
+    """
+    degrade = config.data.degrade
+    if not teacher.beside:
+        if degrade is not None:
+            raise UserError(
+                "data.degrade: the teacher is fed no image beside the state; leave it out"
+            )
+        return False
+    if degrade is None:
+        raise UserError(
+            f"data.degrade: the teacher is fed an image of {teacher.beside} channels beside the "
+            "state; say how pictures are made small for it, such as data.degrade.factor=4"
+        )
+    if needs == "pairs":
+        raise UserError(
+            f"teacher: is fed an image beside the state, and {config.method} learns of pairs of "
+            "noise and image alone; take a method that learns of data or labels"
+        )
+    if teacher.beside != teacher.sample_shape[0]:
+        raise UserError(
+            f"teacher: is fed {teacher.beside} channels beside a state of "
+            f"{teacher.sample_shape[0]}; pictures that are made small have as many"
+        )
+    degrade.check(teacher.sample_shape)
+    return True
+
+
 def renewed(den: Denoiser, config: TrainConfig) -> Denoiser:
     """A copy whose weights are those that its class begins with, by the config's seed.
 

@@ -83,7 +83,8 @@ def kept_beside(config: TrainConfig, teacher: Denoiser) -> tuple[float, ...] | N
     if pairs.steps % count:
         raise UserError(
             f"pairs.steps={pairs.steps} is no multiple of student_steps={count}, so that the walk "
-            "passes by none of the student's times; set it to one"
+            "does not pass by the student's times; set pairs.steps="
+            f"{count * max(1, round(pairs.steps / count))}"
         )
     if pairs.store == "uint8":
         raise UserError(
@@ -151,10 +152,15 @@ class PairWalk:
                 "pairs.solver=dpm: extrapolates clean estimates, which does not lead up to pure "
                 "noise; take euler or heun with pairs.invert"
             )
-        if teacher.ends and (images is not None or plan.kept or not is_euler(solver)):
+        if teacher.ends and plan.kept:
+            raise UserError(
+                "states=walk: this teacher is told where its steps end, and of its walk no states "
+                "are kept; set states=null"
+            )
+        if teacher.ends and (images is not None or not is_euler(solver)):
             raise UserError(
                 f"pairs.solver={kind}: this teacher is told where its steps end; it walks by "
-                "euler alone, and down, and of its walk no states are kept"
+                "euler alone, and down"
             )
 
     def __call__(self, index: Tensor) -> Pairs:

@@ -263,7 +263,7 @@ class TrainConfig(Section):
         return self.guided
 
     def without_effect(self) -> list[str]:
-        """A line for each key that was given and does nothing beside another, or too little."""
+        """A line for each key that was given and that does nothing beside another."""
 
         def holds(setting: str) -> bool:
             key, _, value = setting.partition("=")
@@ -271,17 +271,18 @@ class TrainConfig(Section):
             text = "null" if own is None else f"{own:g}" if isinstance(own, float) else str(own)
             return text == value
 
-        warm, share = self.optim.warmup_steps, self.steps / max(self.optim.warmup_steps, 1)
-        slow = (
-            f"optim.warmup_steps={warm}: the learning rate comes to {share:.0%} of optim.lr in "
-            f"steps={self.steps}"
-        )
-        return ([slow] if share < 1 else []) + [
+        return [
             f"{key}: does nothing with {setting}"
             for key, settings in self.idle.items()
             for setting in settings
             if key in self.model_fields_set and holds(setting)
         ]
+
+    @property
+    def upscaling(self) -> dict[str, Any]:
+        """The pipeline's setting by which it makes small pictures large, if it does."""
+        degrade = self.data.degrade
+        return {} if degrade is None else {"degrade": degrade.model_dump(mode="json")}
 
     @property
     def pair_store(self) -> PairsConfig | None:

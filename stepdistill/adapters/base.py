@@ -35,6 +35,13 @@ class Adapter(ABC):
     def sample_shape(self, net: nn.Module) -> tuple[int, ...]:
         """Shape of one sample without the batch."""
 
+    def beside(self, net: nn.Module) -> int:
+        """Channels of an image that the network is fed beside the state: those that it takes more
+        than it gives; 0 for none."""
+        config: Any = getattr(net, "config", None)
+        taken, given = (getattr(config, name, None) for name in ("in_channels", "out_channels"))
+        return max(0, taken - given) if taken and given else 0
+
     def label_rows(self, net: nn.Module) -> int:
         """Labels that the network knows, without what :meth:`null_label` fixes; 0 if it takes none.
 

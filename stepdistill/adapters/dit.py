@@ -33,7 +33,8 @@ class DiTAdapter(Adapter):
     def sample_shape(self, net: nn.Module) -> tuple[int, ...]:
         """(C, H, W) from the network's config."""
         config: Any = net.config
-        return (config.in_channels, config.sample_size, config.sample_size)
+        size = config.sample_size
+        return (config.in_channels - self.beside(net), size, size)
 
     def null_label(self, net: nn.Module) -> int | None:
         """The row after the last class."""

@@ -29,7 +29,7 @@ class UNetAdapter(Adapter):
         config: Any = net.config
         size = config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
-        return (config.in_channels, height, width)
+        return (config.in_channels - self.beside(net), height, width)
 
     def label_rows(self, net: nn.Module) -> int:
         """See :meth:`Adapter.label_rows`."""

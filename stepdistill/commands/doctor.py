@@ -14,7 +14,7 @@ from rich.table import Table
 
 from stepdistill.commands.bench import held_line, network_of, passes_line
 from stepdistill.commands.read import read_config
-from stepdistill.run.assets import TEACHERS, load_teacher
+from stepdistill.run.assets import SHIPPED, load_teacher
 from stepdistill.run.config import CONFIGS
 from stepdistill.run.errors import UserError
 from stepdistill.trainers.base import Trainer
@@ -42,7 +42,7 @@ def doctor() -> int:
     table.add_row("device", device_line())
     for package in PACKAGES:
         table.add_row(package, escape(package_line(package)))
-    for name in TEACHERS:
+    for name in SHIPPED:
         try:
             den = load_teacher(name)
             count = sum(p.numel() for p in den.net.parameters())

@@ -55,14 +55,14 @@ class Entry:
 
     @property
     def stem(self) -> str:
-        """Name of its config, wherever the file is and whatever teacher it is for."""
-        return Path(self.config).stem.removesuffix(self.teacher.removeprefix("digits"))
+        """Name of its config, wherever the file is."""
+        return Path(self.config).stem
 
     @property
     def student(self) -> str:
         """Name of what it trains: its config, its teacher but for the first one, overrides."""
-        other = self.teacher != TEACHER
-        return self.stem + (f"-{self.teacher.removeprefix('digits-')}" if other else "") + self.tag
+        own = self.teacher == TEACHER or self.stem.endswith(f"-{self.teacher}")
+        return self.stem + ("" if own else f"@{self.teacher.removeprefix('digits-')}") + self.tag
 
     @property
     def plan(self) -> str:
@@ -77,7 +77,7 @@ class Entry:
     @property
     def method(self) -> str:
         """Name of its method in the table."""
-        return self.stem.removesuffix("-digits")
+        return self.stem.removesuffix(f"-{self.teacher}").removesuffix("-digits")
 
     @property
     def name(self) -> str:
@@ -216,6 +216,8 @@ def taking_part(name: str, teacher: str, overrides: Sequence[str] = ()) -> Plain
     if not cls.shortens:
         raise UserError(f"{config.method} makes no teacher faster")
     keys = [*overrides] + ([f"teacher={teacher}"] if config.teacher != teacher else [])
+    if config.teacher != teacher and Path(name).stem.endswith(f"-{config.teacher}"):
+        raise UserError(f"is of the teacher {config.teacher}; give --teacher {config.teacher}")
     if config.guidance != 1:
         plain = read_config(name, [*overrides, "guidance=1"])[1]
         insists = plain.guided or getattr(plain, "guides_fake", False)

@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +14,23 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from stepdistill.data.degrade import DegradeConfig, lowered
 from stepdistill.data.images import DataConfig, ImageSet, open_data
 from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.timesteps import regular_start, uniform_grid
 from stepdistill.eval.clip import ClipScorer, class_captions
 from stepdistill.eval.features import load_features
 from stepdistill.eval.fid import CleanFid
-from stepdistill.eval.generate import generate, load_pipeline
+from stepdistill.eval.generate import class_count, generate, load_pipeline
 from stepdistill.eval.images import load_images
 from stepdistill.eval.runner import METRICS, Reference, Row
 from stepdistill.eval.runner import evaluate as figures_of
 from stepdistill.eval.straightness import flow_path, straightness
 from stepdistill.eval.table import results_table
-from stepdistill.run.assets import TEACHERS, load_teacher, teacher_path
+from stepdistill.run.assets import SHIPPED, load_teacher, teacher_path
 from stepdistill.run.errors import UserError
 from stepdistill.run.files import write_text
+from stepdistill.run.rng import Rng
 
 PATHS = 500
 
@@ -77,8 +80,7 @@ def evaluate(
     source = Path(teacher_path(str(target)))
     title = name or str(target)
     samples: dict[int | None, Tensor]
-    captions: list[str] | None = None
-    straight: float | None = None
+    straight, more = None, dict[str, Any]()
     if is_image_folder(source):
         for metric, lack in (("clip", "captions"), ("straightness", "paths")):
             if metric in metrics:
@@ -90,11 +92,14 @@ def evaluate(
         if "straightness" in metrics:  # of the paths, and told first where there are none
             scale = pipe.config.get("default_guidance") or 1.0
             straight = straightness_of(target, seed, guidance=scale)
+        small = seen_of(pipe, reference, num)
         samples = {
-            n: generate(pipe, num, seed=seed, steps=n, batch_size=batch_size) for n in chosen
+            n: generate(pipe, num, seed=seed, steps=n, batch_size=batch_size, **small.call)
+            for n in chosen
         }
+        more["real"] = small.real
         if "clip" in metrics:
-            captions = class_captions(pipe.config.get("classes") or (), num)
+            more["captions"] = class_captions(pipe.config.get("classes") or (), num)
         seen = seed
     rows = figures_of(
         samples,
@@ -104,11 +109,37 @@ def evaluate(
         seed=seen,
         metrics=metrics,
         clip=clip,
-        captions=captions,
+        **more,
     )
     for row in rows:
         row.straightness = straight
     return rows
+
+
+@dataclass(frozen=True)
+class Small:
+    """What a pipeline that makes small pictures large is called with, and what it should give."""
+
+    call: dict[str, Any]
+    real: Tensor | None
+
+
+def seen_of(pipe: Any, reference: Reference, num: int) -> Small:
+    """The first pictures of a reference made small, as the pipeline has learnt; nothing for others.
+
+    Raises:
+        UserError: the reference's pictures are of another size.
+    """
+    degrade = pipe.config.get("degrade")
+    if degrade is None:
+        return Small({}, None)
+    config, count = DegradeConfig(**degrade), len(reference.data)
+    config.check(reference.data.shape)
+    real, label = reference.data.load([place % count for place in range(num)])
+    low = lowered(real, config, Rng(0), torch.arange(num))
+    call: dict[str, Any] = {"images": low / 2 + 0.5}
+    labelled = class_count(pipe) and reference.data.classes
+    return Small(call | ({"labels": label.tolist()} if labelled else {}), real)
 
 
 def straightness_of(target: str | Path, seed: int, *, guidance: float = 1.0) -> float:
@@ -133,7 +164,7 @@ def is_image_folder(path: Path) -> bool:
 
 def load(target: str | Path, *, trust_remote_code: bool) -> Any:
     """A pipeline on this machine's device; the shipped teachers need no trust."""
-    trusted = trust_remote_code or str(target) in TEACHERS
+    trusted = trust_remote_code or str(target) in SHIPPED
     path = teacher_path(str(target))
     return load_pipeline(path, trust_remote_code=trusted, device=device_of())
 
@@ -222,7 +253,7 @@ def evaluate_command(
     beside, why = teacher_beside(target, teacher, trust_remote_code=trust_remote_code)
     rows = evaluate(target, real, steps=counts, **common)
     teacher_rows: list[Row] = []
-    if beside is None and target not in TEACHERS:
+    if beside is None and target not in SHIPPED:
         print(f"stepdistill: {why}", file=sys.stderr)
     elif beside is not None:
         own = sorted({row.steps for row in rows if row.steps} | {teacher_steps})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from stepdistill.adapters import scalars
 from stepdistill.commands.read import read_config
+from stepdistill.data.degrade import raised
 from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser, Experts, Routed
 from stepdistill.diffusion.sampler import sample
@@ -87,7 +89,7 @@ def export(
         overwrite=overwrite,
         check=lambda folder: seen.append(proven(trainer, folder, out, tolerance)),
         extra=scalars.held(members(trainer.best())[0].net),
-        settings={"routes": routes(trainer), "guidance_range": told_scales(trainer), **walk},
+        settings=settings_of(trainer) | walk,
     )
     return seen[0]
 
@@ -160,6 +162,7 @@ def student_card(
         noise=trainer.noise,
         stock=type(scheduler).__name__ if stock else None,
         figures=figures,
+        degrade=config.upscaling.get("degrade"),
     )
 
 
@@ -222,6 +225,7 @@ def blend(trainer: Trainer, other: Path, share: float) -> None:
         ("the sampler's grids", trainer.grids(), theirs.grids()),
         ("the sampler's noise", trainer.noise, theirs.noise),
         ("clip", trainer.config.clip, theirs.config.clip),
+        ("the guidance_range that is told", told_scales(trainer), told_scales(theirs)),
     ):
         if here != there:
             raise UserError(
@@ -246,6 +250,12 @@ def routes(trainer: Trainer) -> dict[str, int] | None:
     if not isinstance(den, Routed):
         return None
     return {str(label): place for label, place in enumerate(den.routes)}
+
+
+def settings_of(trainer: Trainer) -> dict[str, Any]:
+    """The pipeline's settings that follow from how the student was trained."""
+    own = {"routes": routes(trainer), "guidance_range": told_scales(trainer)}
+    return own | trainer.config.upscaling
 
 
 def told_scales(trainer: Trainer) -> tuple[float, float] | None:
@@ -314,7 +324,11 @@ def check(trainer: Trainer, out: Path, tolerance: float) -> float:
     """Hold the folder's images against the training sampler's, on every grid."""
     den, classes = trainer.best(), len(trainer.teacher.classes)
     labels = [i % classes for i in range(len(SEEDS))] if classes else None
-    cond = Cond(torch.tensor(labels) if labels else None)
+    low, cond = None, Cond(torch.tensor(labels) if labels else None)
+    if den_beside := members(den)[0].beside:
+        low = small_pictures(trainer, den_beside)
+        size = (trainer.teacher.sample_shape[1], trainer.teacher.sample_shape[2])
+        cond = replace(cond, image=raised(low * 2 - 1, size))
     expected: dict[int, Tensor] = {}
     for n, grid in trainer.grids().items():
         draws = noise_from_seeds(SEEDS, trainer.teacher.sample_shape, n)
@@ -327,4 +341,13 @@ def check(trainer: Trainer, out: Path, tolerance: float) -> float:
             fresh=draws.__getitem__,
             clip=trainer.config.clip,
         )
-    return verify_folder(out, expected, labels, SEEDS, tolerance)
+    return verify_folder(out, expected, labels, SEEDS, tolerance, low)
+
+
+def small_pictures(trainer: Trainer, channels: int) -> Tensor:
+    """Small pictures [B, C, h, w] in [0, 1] to try an export on."""
+    degrade = trainer.config.data.degrade
+    assert degrade is not None
+    height, width = (side // degrade.factor for side in trainer.teacher.sample_shape[1:])
+    (noise,) = noise_from_seeds(SEEDS, (channels, height, width), 1)
+    return (noise / 4 + 0.5).clamp(0, 1)

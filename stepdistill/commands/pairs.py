@@ -151,6 +151,11 @@ class Source:
 
     def _take(self, kept: MergedPlan) -> None:
         differs = self.plan.alike(kept.parts[0])
+        if differs == "kept":
+            raise UserError(
+                f"{self.folder.place}: its pairs have other states of the walk beside them than "
+                "this config's states and student_steps ask for; set another pairs.path"
+            )
         if differs is not None:
             raise UserError(
                 f"{self.folder.place}: its pairs have {differs}={getattr(kept.parts[0], differs)}, "
@@ -170,10 +175,11 @@ class Source:
             return
         size = self.plan.size() * num // self.plan.num
         free = self.folder.free()
+        other = "" if self.plan.kept else " or uint8"
         if free is not None and size > free:
             raise UserError(
                 f"{self.folder.place}: {num:,} pairs take {_bytes(size)}, and {_bytes(free)} are "
-                "free; give pairs.path another place, or set pairs.store=fp16 or uint8"
+                f"free; give pairs.path another place, or set pairs.store=fp16{other}"
             )
         rate = self._timed() * self.processes.world
         ways = f"{self.plan.steps} {self.walk.solver.kind} steps"

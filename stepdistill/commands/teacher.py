@@ -49,6 +49,7 @@ def save_teacher(den: Denoiser, config: DenoisingConfig, out: Path, command: str
         command=command,
         default_steps=STEPS,
         classes=den.classes or None,
+        degrade=config.upscaling.get("degrade"),
     )
     return write_pipeline(
         out,
@@ -60,6 +61,7 @@ def save_teacher(den: Denoiser, config: DenoisingConfig, out: Path, command: str
         card=card,
         dtype=torch.float16,
         overwrite=True,
+        settings=config.upscaling,
     )
 
 

@@ -55,12 +55,25 @@ def fit(cls: type[Trainer], config: TrainConfig, fresh: Denoiser | None = None) 
         )
         with closing(Watch(config, main=processes.main)) as watch:
             watch.prepare(trainer)
-            for line in config.without_effect():
+            for line in (*config.without_effect(), *never_warm(trainer)):
                 watch.say(line)
             source = Source(trainer, processes, watch)
             Loop(trainer, source.batches, processes, watch).fit()
             source.report()
     return Path(config.run)
+
+
+def never_warm(trainer: Trainer) -> list[str]:
+    """A line for each player whose learning rate rises for longer than it is trained."""
+    found = []
+    for player in trainer.players.values():
+        warm, total = player.config.warmup_steps, player.total
+        if warm > total and not player.frozen:
+            found.append(
+                f"{player.name}: of warmup_steps={warm} it makes {total}, so that its learning "
+                f"rate comes to {total / warm:.0%} of lr={player.config.lr:g}"
+            )
+    return found
 
 
 class Source:

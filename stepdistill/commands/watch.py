@@ -18,6 +18,7 @@ from stepdistill.diffusion.timesteps import uniform_grid
 from stepdistill.eval.features import extract, load_features
 from stepdistill.eval.frechet import Stats, frechet_distance
 from stepdistill.eval.images import save_grid
+from stepdistill.eval.paired import psnr
 from stepdistill.eval.runner import Reference
 from stepdistill.run.errors import UserError
 from stepdistill.run.log import peak_memory_bytes
@@ -133,13 +134,16 @@ class Watch:
         return self.judge(trainer) if self._figures(step) else {}
 
     def picture(self, trainer: Trainer, step: int) -> None:
-        """One grid: the teacher's images above, the student's from the same noise below."""
+        """One grid: the teacher's images above, the student's from the same noise below; where
+        small pictures are brought to size, these, then the real ones, then the student's."""
         c = self.config
         columns = max(1, c.sample.num // 4)
         num = c.sample.num // columns * columns
         z, cond, index = watch_noise(trainer, num, c.seed)
         rows = [trainer.draw(z, cond, self.steps(trainer), Rng(c.seed), index)]
-        if c.teacher:  # else the network trains from scratch
+        if cond.image is not None:  # what is seen, and what it was made of
+            rows = [cond.image, shown_pictures(trainer, num)[0].to(z), *rows]
+        elif c.teacher:  # else the network trains from scratch
             if self._teacher_images is None:
                 steps = c.sample.teacher_steps
                 self._teacher_images = many_steps(trainer.teacher, z, cond, steps, c.guidance)
@@ -161,9 +165,14 @@ class Watch:
             trainer.draw(z[part], cond.rows(part), steps, Rng(self.config.seed), index[part])
             for part in torch.arange(c.num).split(256)
         ]
-        stats = Stats.of(extract(self._reference.extractor, torch.cat(images).clamp(-1, 1).cpu()))
+        made = torch.cat(images).clamp(-1, 1).cpu()
+        stats = Stats.of(extract(self._reference.extractor, made))
         distance = frechet_distance(stats, self._reference.stats)
-        return {f"fd-{c.features}/{steps}": float(distance)}
+        figures = {f"fd-{c.features}/{steps}": float(distance)}
+        if trainer.teacher.beside:
+            x, _ = shown_pictures(trainer, c.num)
+            figures[f"psnr/{steps}"] = float(psnr(made, x).mean())
+        return figures
 
 
 def watch_noise(trainer: Trainer, num: int, seed: int) -> tuple[torch.Tensor, Cond, torch.Tensor]:
@@ -171,7 +180,17 @@ def watch_noise(trainer: Trainer, num: int, seed: int) -> tuple[torch.Tensor, Co
     index = torch.arange(num, device=trainer.device)
     z = Rng(seed).normal(STREAM, index, trainer.teacher.sample_shape)
     classes = len(trainer.teacher.classes)
-    return z, Cond(index % classes if classes else None), index
+    if not trainer.teacher.beside:
+        return z, Cond(index % classes if classes else None), index
+    x, label = (part.to(trainer.device) for part in shown_pictures(trainer, num))
+    return z, Cond(label if classes else None, image=trainer.seen(x, 0, index)), index
+
+
+def shown_pictures(trainer: Trainer, num: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first pictures [num, C, H, W] of the data and their labels, from the start again if they
+    are fewer."""
+    images = open_data(trainer.config.data)
+    return images.load([place % len(images) for place in range(num)])
 
 
 @torch.no_grad()

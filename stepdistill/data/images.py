@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from stepdistill.data.degrade import DegradeConfig
 from stepdistill.data.digits import open_digits
 from stepdistill.data.folder import FolderSet
 from stepdistill.data.idx import open_fashion_mnist
@@ -26,6 +27,11 @@ class DataConfig(BaseModel):
     size: int | None = Field(None, ge=1, description="side in pixels; empty keeps the source's own")
     channels: Literal[1, 3] | None = Field(None, description="1 grey, 3 RGB; empty: the source's")
     on_error: Literal["skip", "stop"] = Field("skip", description="what a broken image leads to")
+    degrade: DegradeConfig | None = Field(
+        None,
+        description="what networks that are fed an image beside the state are shown: pictures "
+        "made small, and brought back to size; null: nothing",
+    )
     workers: int = Field(2, ge=0, le=64, description="batches read ahead, each in its own thread")
 
 

@@ -21,6 +21,8 @@ class Cond:
             that are told; None: 0 for all.
         guidance: the guidance scale that a sample is to look like [B], at least 1, for networks
             that are told; None: the network's own usual one.
+        image: an image [B, C', *S] of the state's size that networks are fed beside it, such as a
+            picture that is to be sharpened; None: they are fed none.
         steps: how many steps made the image that a state was noised from [B], for networks that are
             told; None: one.
     """
@@ -30,6 +32,7 @@ class Cond:
     twin: Tensor | None = None
     guidance: Tensor | None = None
     steps: Tensor | None = None
+    image: Tensor | None = None
 
     def ending(self, end: Tensor) -> Cond:
         """The same conditions for steps that end at times [B]."""

@@ -171,11 +171,27 @@ class Denoiser(Branch):
 
     def raw(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The network's own output h [B, C, *S], in fp32."""
-        scaled = self.process.scale_input(x_t, t)
+        scaled = self.beneath(self.process.scale_input(x_t, t), cond)
         time = self.process.network_time(t)
         with self.told(t, cond), dropped(self.net, self.dropout):
             h = self.adapter(self.called(), scaled, time, cond.label)
         return h[:, : x_t.shape[1]].float()
+
+    def beneath(self, scaled: Tensor, cond: Cond) -> Tensor:
+        """A scaled state [B, C, *S] with the image that the network is fed beside it, if it is.
+
+        Raises:
+            ValueError: there is none to feed it, or one that it does not take.
+        """
+        if self.beside == (0 if cond.image is None else cond.image.shape[1]):
+            return scaled if cond.image is None else torch.cat([scaled, cond.image], dim=1)
+        given = "none" if cond.image is None else f"one of {cond.image.shape[1]}"
+        raise ValueError(f"the network is fed an image of {self.beside} channels, not {given}")
+
+    @property
+    def beside(self) -> int:
+        """Channels of the image that the network is fed beside the state; 0 for none."""
+        return self.adapter.beside(self.net)
 
     @property
     def ends(self) -> bool:

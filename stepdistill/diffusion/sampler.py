@@ -75,8 +75,11 @@ def sample(
         stop: leave after this many steps.
 
     Raises:
-        ValueError: fresh noise was asked for without its source.
+        ValueError: fresh noise was asked for without its source, or Heun's steps by a grid of
+            times that are not there twice.
     """
+    if noise == "heun" and grid[1:-1:2] != grid[2:-1:2]:
+        raise ValueError("sample: noise='heun' needs each inner time of the grid twice, see twice")
     if noise == "fresh" and fresh is None and len(grid) > 2:
         raise ValueError("sample: noise='fresh' needs fresh=, the source of each step's noise")
     process = den.process

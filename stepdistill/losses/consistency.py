@@ -50,21 +50,22 @@ class InverseGap(PairWeight):
 
 
 def noise_level(t: Tensor, process: Process) -> Tensor:
-    """sigma / alpha of times, up to EDM's noisiest."""
+    """sigma / alpha of times."""
     c = process.coefs(t)
-    return (c.sigma / c.alpha.clamp_min(1e-12)).clamp_max(NOISIEST)
+    return c.sigma / c.alpha.clamp_min(1e-12)
 
 
 def level_partner(t: Tensor, stage: int, q: float, k: float, process: Process) -> Tensor:
     """The less noisy time of a pair by their noise levels n: n_r = n (1 - (1 + k sigmoid(-n))
-    q^-(stage+1)), 0 where that is below all.
+    q^-(stage+1)), or 0 where that is none; n is taken for 80, EDM's noisiest, above it.
 
     Source: easy consistency tuning (Geng et al. 2024), its ratio, of b = 1; published: k = 8.
     """
-    n = noise_level(t, process)
+    n = noise_level(t, process).clamp_max(NOISIEST)
     lower = n * (1 - (1 + k * torch.sigmoid(-n)) * q ** -(stage + 1))
     r = process.time_of_noise(lower.clamp_min(1e-12).log())
-    return torch.where((lower > 0) & (r < t), r, torch.zeros_like(t))
+    r = torch.minimum(r, torch.nextafter(t, torch.zeros_like(t)))  # however small the gap is
+    return torch.where((lower > 0) & (t > process.t_min), r, torch.zeros_like(t))
 
 
 def ect_partner(t: Tensor, stage: int, q: float = 2.0) -> Tensor:

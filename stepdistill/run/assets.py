@@ -16,6 +16,7 @@ from stepdistill.run.errors import UserError
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 TEACHERS = ("digits-dit", "digits-unet")
+SHIPPED = (*TEACHERS, "digits-sr")  # with those that make small pictures large
 
 
 def teacher_path(name: str) -> str:
@@ -24,7 +25,7 @@ def teacher_path(name: str) -> str:
     Raises:
         UserError: none of these.
     """
-    if name in TEACHERS:
+    if name in SHIPPED:
         return str(ASSETS / name)
     source = Path(name).expanduser()
     if source.is_dir():
@@ -32,7 +33,7 @@ def teacher_path(name: str) -> str:
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise UserError(
             f"{name}: no such folder; give a pipeline's folder, a hub name (owner/name), or one "
-            f"of the shipped teachers {', '.join(TEACHERS)}"
+            f"of the shipped teachers {', '.join(SHIPPED)}"
         )
     return name
 
@@ -73,7 +74,7 @@ def _named(key: str, name: str) -> Iterator[None]:
     except (ValueError, OSError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"{key}={name}: {first} (shipped teachers: {', '.join(TEACHERS)})"
+            f"{key}={name}: {first} (shipped teachers: {', '.join(SHIPPED)})"
         ) from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -13,7 +14,6 @@ from torch import nn
 
 from stepdistill.adapters import ADAPTERS, adapter_for
 from stepdistill.data.batch import Batch
-from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.diffusion.process import EDM, RF, VP, Process
 from stepdistill.diffusion.timesteps import Density, LogitNormal
@@ -102,7 +102,7 @@ class DenoisingTrainer(Trainer):
         cond = batch.cond
         if cond.label is not None and den.null_label is not None:
             drop = rng.uniform("drop", batch.index) < self.config.label_dropout
-            cond = Cond(torch.where(drop, den.null_label, cond.label))
+            cond = replace(cond, label=torch.where(drop, den.null_label, cond.label))
         pred = den(self.process.noise(batch.x, z, t), t, cond)
         target = den.head.output(batch.x, z, pred.c, self.process.sigma_data)
         loss = (pred.h - target).square().mean()

@@ -6,7 +6,6 @@ With the student of ``reflow`` as its teacher it is InstaFlow's second stage.
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import pairwise
 from typing import ClassVar, Literal
 
 import torch
@@ -16,12 +15,13 @@ from torch import Tensor
 from stepdistill.data.batch import Batch
 from stepdistill.diffusion.process import expand
 from stepdistill.diffusion.sampler import first_state
-from stepdistill.diffusion.timesteps import Grid, grid_between, nearest, uniform_grid
+from stepdistill.diffusion.timesteps import Grid, nearest, uniform_grid
 from stepdistill.losses.reflow import PairMetric, pair_distance
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Loss, Pass
 from stepdistill.trainers.fixed_point import FixedPoint, Proof
 from stepdistill.trainers.flow.lines import LineConfig, LineTrainer, PerceptualConfig
+from stepdistill.trainers.solvers import Euler
 
 
 class KDConfig(LineConfig):
@@ -33,8 +33,8 @@ class KDConfig(LineConfig):
     states: Literal["walk"] | None = Field(
         None,
         description="of more than one step: walk, the teacher's own states on the way, which are "
-        "kept with the pairs; null: those on the lines of pairs, which are those of its walk for "
-        "straight flows alone",
+        "kept with the pairs, and a sampler of fresh noise; null: those on the lines of pairs, "
+        "which are those of its walk for straight flows alone",
     )
     metric: PairMetric = Field("l2", description="l2 or huber, of the images")
     perceptual: PerceptualConfig | None = Field(
@@ -53,8 +53,9 @@ class KDTrainer(LineTrainer):
     A step from noise learns the image of that very noise. With several steps the states are
     (1 - s) x + s z at the grid's times, as in rectified flow's k-step distillation, and the
     student's walk goes along such a line; or, with ``states: walk``, those that the teacher passed
-    by there, and the student's image is noised anew to the next time. LPIPS is of whatever frozen
-    network the config names.
+    by there. Here: of these the student's image is noised anew to the next time, as predicted noise
+    would lead off the walk, so that several steps keep the law and not each noise's own image; and
+    LPIPS is of whatever frozen network the config names.
     """
 
     Config = KDConfig
@@ -88,14 +89,13 @@ class KDTrainer(LineTrainer):
         kept state the end of the walk from there on."""
         if not self.walked:
             return replace(super().fixed_point, joint=True)
-        return FixedPoint("map", follow=self.rest, solver=self.config.pairs.walk or "euler")
+        part = self.config.pairs.steps // self.config.student_steps
+        solver = (self.config.pairs.walk or Euler()).model_copy(update={"substeps": part})
+        return FixedPoint("map", follow=self.rest, solver=solver)
 
     def rest(self, t: float) -> Grid:
-        """The times of the teacher's walk from the student's nearest to t on."""
-        count, place = self.config.student_steps, nearest(self.grid, t)
-        part, stops = self.config.pairs.steps // count, (self.process.t_max, *self.grid[1:])
-        ways = (grid_between(a, b, part, self.process)[:-1] for a, b in pairwise(stops[place:]))
-        return (*(time for way in ways for time in way), 0.0)
+        """The student's times from that nearest to t on, by which the teacher's walk passes."""
+        return self.grid[nearest(self.grid, t) :]
 
     def loss(self, batch: Batch, rng: Rng) -> Loss:
         """Distance of the student's clean estimate to the pair's image."""

@@ -56,8 +56,9 @@ def channels(den: Denoiser, read: Callable[[Tensor, Tensor, Cond], Sequence[Tens
     x = torch.zeros(1, *den.sample_shape, device=den.device)
     t = torch.full((1,), 0.5 * den.process.t_max, device=den.device)
     label = torch.zeros(1, dtype=torch.long, device=den.device) if den.classes else None
+    image = x[:, :1].expand(-1, den.beside, *x.shape[2:]) if den.beside else None
     try:
         with torch.no_grad():
-            return widths(read(x, t, Cond(label)))
+            return widths(read(x, t, Cond(label, image=image)))
     except ValueError as error:
         raise UserError(f"adversary.taps: {error}") from error

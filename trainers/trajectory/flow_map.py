@@ -95,7 +95,7 @@ class FlowMapTrainer(JumpTrainer):
         if c.velocity == "data" and c.guided:
             raise UserError(
                 "guidance: velocity=data asks the teacher nothing that could be guided; set "
-                "guidance=1, or use method=mean_flow, which guides itself"
+                "guidance=1 and no guidance_range, or use method=mean_flow, which guides itself"
             )
         if c.derivative != "jvp" and (c.form, c.gradient) != ("esd", "semi"):
             raise UserError(

@@ -87,7 +87,7 @@ class TwinFlowTrainer(JumpTrainer):
         if c.velocity == "data" and c.guided:
             raise UserError(
                 "guidance: velocity=data asks the teacher nothing that could be guided; set "
-                "guidance=1, or use method=mean_flow, which guides itself"
+                "guidance=1 and no guidance_range, or use method=mean_flow, which guides itself"
             )
         if not c.images and c.velocity == "data":
             raise UserError("images=false: only a teacher knows the flow then; velocity=teacher")

@@ -22,6 +22,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
 
 FILE_NAME = "pipeline.py"
 MODEL_NAMES = ("model", "model_2", "model_3", "model_4")
@@ -29,7 +30,7 @@ OUTPUT_TYPES = ("pil", "np", "pt")
 
 _SOURCE = Path(__file__).read_text(encoding="utf-8")
 
-Labels = int | str | Sequence[int | str] | torch.Tensor
+Labels = int | str | Sequence[int | str] | Tensor
 
 
 class ImagePipeline(DiffusionPipeline):
@@ -66,6 +67,7 @@ class ImagePipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "->".join(MODEL_NAMES)
     _optional_components = [*MODEL_NAMES[1:], "extra"]
+    text = _SOURCE  # of the file that travels
     config: Any
     model: Any
     scheduler: Any
@@ -117,7 +119,7 @@ class ImagePipeline(DiffusionPipeline):
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
-        latents: torch.Tensor | None = None,
+        latents: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple[Any]:
@@ -169,7 +171,7 @@ class ImagePipeline(DiffusionPipeline):
         """Save the folder with this file in it, so that it can be loaded again."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / FILE_NAME).write_text(_SOURCE, encoding="utf-8")
+        (folder / FILE_NAME).write_text(self.text, encoding="utf-8")
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def to_json_string(self) -> str:
@@ -186,7 +188,7 @@ class ImagePipeline(DiffusionPipeline):
         if index["classes"] is not None:
             index["classes"] = {name: label for label, name in enumerate(index["classes"])}
         index.pop("_name_or_path", None)
-        index["_class_name"] = [Path(FILE_NAME).stem, "ImagePipeline"]
+        index["_class_name"] = [Path(FILE_NAME).stem, type(self).__name__]
         return json.dumps(index, indent=2) + "\n"
 
     def _num_classes(self) -> int:
@@ -212,7 +214,7 @@ class ImagePipeline(DiffusionPipeline):
             return None
         if asked is None:
             return [i % classes for i in range(num_images)]
-        if isinstance(asked, torch.Tensor):
+        if isinstance(asked, Tensor):
             asked = asked.tolist()
         if isinstance(asked, (int, str)):
             return [self._label(asked, classes)] * num_images
@@ -246,7 +248,7 @@ class ImagePipeline(DiffusionPipeline):
             raise ValueError(f"guidance_scale is {scale:g}; this network is told scales from 1 on")
         return True
 
-    def _null(self, target: torch.Tensor | None, scale: float) -> torch.Tensor | None:
+    def _null(self, target: Tensor | None, scale: float) -> Tensor | None:
         """Labels [B] of the unguided half of the batch, or None without guidance."""
         if scale == 1.0:
             return None
@@ -279,16 +281,16 @@ class ImagePipeline(DiffusionPipeline):
         self,
         count: int,
         generator: torch.Generator | list[torch.Generator] | None,
-        latents: torch.Tensor | None,
+        latents: Tensor | None,
         device: torch.device,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """The state [B, C, H, W] that the walk starts from, in fp32."""
         if isinstance(generator, list) and len(generator) != count:
             raise ValueError(f"{len(generator)} generators were given for {count} images")
         config = self.model.config
         size = config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
-        shape = (count, config.in_channels, height, width)
+        shape = (count, min(config.in_channels, config.out_channels or 1), height, width)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         elif tuple(latents.shape) != shape:
@@ -302,13 +304,8 @@ class ImagePipeline(DiffusionPipeline):
         return self.config.get("routes") is not None
 
     def _routed(
-        self,
-        x_t: torch.Tensor,
-        t: torch.Tensor,
-        target: torch.Tensor | None,
-        null: torch.Tensor | None,
-        scale: float,
-    ) -> torch.Tensor:
+        self, x_t: Tensor, t: Tensor, target: Tensor | None, null: Tensor | None, scale: float
+    ) -> Tensor:
         """The raw output [B, C, H, W], of each sample by its class's network if they are shared."""
         if not self._by_class():
             name = MODEL_NAMES[getattr(self.scheduler, "expert", 0)]
@@ -325,26 +322,24 @@ class ImagePipeline(DiffusionPipeline):
     def _predict(
         self,
         name: str,
-        x_t: torch.Tensor,
-        t: torch.Tensor,
-        target: torch.Tensor | None,
-        null: torch.Tensor | None,
+        x_t: Tensor,
+        t: Tensor,
+        target: Tensor | None,
+        null: Tensor | None,
         scale: float,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """A network's raw output [B, C, H, W] in fp32; guided in one call of 2B."""
         model = getattr(self, name)
         if model is None:
             raise ValueError(f"this step of the grid needs {name}, which the pipeline lacks")
-        fed = x_t
-        if hasattr(self.scheduler, "scale_model_input"):
-            fed = self.scheduler.scale_model_input(x_t, t)
+        fed = self._fed(x_t, t)
         if null is not None:
             assert target is not None
             fed, target = torch.cat([fed, fed]), torch.cat([null, target])
         condition = {} if target is None else {"class_labels": target}
         times = t.expand(len(fed))
         with self._told(model, len(fed), scale):
-            h: torch.Tensor = model(fed.to(model.dtype), times, return_dict=False, **condition)[0]
+            h: Tensor = model(fed.to(model.dtype), times, return_dict=False, **condition)[0]
         channels = x_t.shape[1]
         if h.shape[1] not in (channels, 2 * channels):
             raise ValueError(f"the network maps {channels} channels to {h.shape[1]}")
@@ -353,6 +348,11 @@ class ImagePipeline(DiffusionPipeline):
             return h
         plain, labelled = h.chunk(2)
         return plain + scale * (labelled - plain)
+
+    def _fed(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """What a network is fed of the state [B, C, H, W]."""
+        scaled = hasattr(self.scheduler, "scale_model_input")
+        return self.scheduler.scale_model_input(x_t, t) if scaled else x_t
 
     @contextmanager
     def _told(self, model: Any, count: int, scale: float) -> Iterator[None]:
@@ -375,7 +375,7 @@ class ImagePipeline(DiffusionPipeline):
             for handle in handles:
                 handle.remove()
 
-    def _finish(self, x: torch.Tensor, output_type: str) -> Any:
+    def _finish(self, x: Tensor, output_type: str) -> Any:
         """Images in [0, 1] of the wanted type from clean samples in [-1, 1]."""
         images = (x / 2 + 0.5).clamp(0, 1)
         if output_type == "pt":

@@ -55,9 +55,9 @@ def fit(cls: type[Trainer], config: TrainConfig, fresh: Denoiser | None = None) 
         )
         with closing(Watch(config, main=processes.main)) as watch:
             watch.prepare(trainer)
+            source = Source(trainer, processes, watch)
             for line in (*config.without_effect(), *never_warm(trainer)):
                 watch.say(line)
-            source = Source(trainer, processes, watch)
             Loop(trainer, source.batches, processes, watch).fit()
             source.report()
     return Path(config.run)

@@ -85,7 +85,9 @@ class PairPlan:
         Raises:
             TypeError: they are not a plan's.
         """
-        lists = {name: tuple(value) for name, value in facts.items() if isinstance(value, list)}
+        lists = {
+            name: tuple(value) for name, value in facts.items() if isinstance(value, list | tuple)
+        }
         return PairPlan(**facts | {"shape": ()} | lists)
 
     def facts(self) -> dict[str, Any]:

@@ -383,7 +383,17 @@ def test_the_run_s_figures_and_pictures_are_of_the_data(chain) -> None:
 def test_the_next_student_of_the_chain_learns_of_this_one(chain) -> None:
     den = Denoiser.from_pipeline(chain / "student")
     made = make("yonos", den, batch_size=4, data={"degrade": {"factor": 8}})
-    assert made.factor == 4
+    assert made.config.teacher_sees == 4
+    for method, degrade in (
+        ("yonos", {"factor": 4}),
+        ("yonos", {"factor": 8, "kernel": "bicubic"}),
+        ("consistency", {"factor": 2}),
+    ):
+        with pytest.raises(
+            UserError, match=r"has learnt of pictures made small by \{factor: 4\}, and"
+        ):
+            make(method, den, batch_size=4, data={"degrade": degrade})
+    make("consistency", den, batch_size=4, data={"degrade": {"factor": 4}})
     made.step(0, made.batch(0, pictures(4), torch.zeros(4, dtype=torch.long)))
 
 

@@ -7,6 +7,7 @@ from typing import Literal
 
 from stepdistill.adapters import lora
 from stepdistill.adapters.recompute import recompute
+from stepdistill.data.degrade import DegradeConfig
 from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.run.assets import student_weights
 from stepdistill.run.errors import UserError
@@ -142,6 +143,14 @@ def needs_image(teacher: Denoiser, config: TrainConfig, needs: str) -> bool:
             f"{teacher.sample_shape[0]}; pictures that are made small have as many"
         )
     degrade.check(teacher.sample_shape)
+    taught = config.taught_degrade
+    if teacher.degrade is not None and taught != DegradeConfig(**teacher.degrade):
+        own = DegradeConfig(**teacher.degrade).model_dump(exclude_defaults=True)
+        known = ", ".join(f"{key}: {value}" for key, value in own.items()) or "factor: 2"
+        raise UserError(
+            f"data.degrade: the teacher has learnt of pictures made small by {{{known}}}, and is "
+            f"shown others here; set data.degrade so{config.degrade_mend}"
+        )
     return True
 
 

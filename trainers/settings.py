@@ -16,6 +16,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from stepdistill.data.degrade import DegradeConfig
 from stepdistill.data.images import DataConfig
 from stepdistill.run.player import OptimConfig
 from stepdistill.run.plug import Plugged
@@ -277,6 +278,13 @@ class TrainConfig(Section):
             for setting in settings
             if key in self.model_fields_set and holds(setting)
         ]
+
+    @property
+    def taught_degrade(self) -> DegradeConfig | None:
+        """How the pictures are made small that the teacher sees."""
+        return self.data.degrade
+
+    degrade_mend: ClassVar[str] = ""  # what else than the teacher's own may be set
 
     @property
     def upscaling(self) -> dict[str, Any]:

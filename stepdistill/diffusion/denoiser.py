@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -93,6 +93,7 @@ class Denoiser(Branch):
         adapter: its call signature; found by the class's name when left out.
         classes: names of the classes it is conditioned on, empty if none.
         null_label: the label that means "no class", if the network was trained with one.
+        degrade: how the pictures were made small that it has learnt to make large, if known.
     """
 
     def __init__(
@@ -104,6 +105,7 @@ class Denoiser(Branch):
         adapter: Adapter | None = None,
         classes: Sequence[str] = (),
         null_label: int | None = None,
+        degrade: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.net = net.eval()
@@ -112,6 +114,7 @@ class Denoiser(Branch):
         self.adapter = adapter or adapter_for(net)
         self.classes = tuple(classes)
         self.null_label = null_label
+        self.degrade = degrade
 
     def train(self, mode: bool = True) -> Denoiser:
         """Stay in eval mode; see the class."""
@@ -171,13 +174,13 @@ class Denoiser(Branch):
 
     def raw(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The network's own output h [B, C, *S], in fp32."""
-        scaled = self.beneath(self.process.scale_input(x_t, t), cond)
+        scaled = self.fed(self.process.scale_input(x_t, t), cond)
         time = self.process.network_time(t)
         with self.told(t, cond), dropped(self.net, self.dropout):
             h = self.adapter(self.called(), scaled, time, cond.label)
         return h[:, : x_t.shape[1]].float()
 
-    def beneath(self, scaled: Tensor, cond: Cond) -> Tensor:
+    def fed(self, scaled: Tensor, cond: Cond) -> Tensor:
         """A scaled state [B, C, *S] with the image that the network is fed beside it, if it is.
 
         Raises:
@@ -272,6 +275,7 @@ class Denoiser(Branch):
             adapter=adapter,
             classes=read_classes(index, rows, null),
             null_label=null,
+            degrade=index.get("degrade"),
         )
 
 

@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from stepdistill.data.batch import Batch
+from stepdistill.data.degrade import DegradeConfig
 from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.guidance import guided
 from stepdistill.diffusion.timesteps import Density, Uniform
@@ -44,6 +45,21 @@ class YonosConfig(TrainConfig):
         "student's, data.degrade.factor",
     )
 
+    degrade_mend: ClassVar[str] = ", but for factor, twice as large, or teacher_factor"
+
+    @property
+    def teacher_sees(self) -> int:
+        """How many times smaller the teacher's pictures are."""
+        degrade = self.data.degrade
+        half = 1 if degrade is None else degrade.factor // 2
+        return half if self.teacher_factor is None else self.teacher_factor
+
+    @property
+    def taught_degrade(self) -> DegradeConfig | None:
+        """See :attr:`TrainConfig.taught_degrade`."""
+        degrade = self.data.degrade
+        return degrade and degrade.model_copy(update={"factor": self.teacher_sees})
+
 
 class YonosTrainer(Trainer):
     """Scale distillation of YONOS-SR (Noroozi et al. 2024), spec 8, which knows it from notes.
@@ -71,15 +87,12 @@ class YonosTrainer(Trainer):
             UserError: a teacher's size that is not on the way to the student's.
         """
         c, degrade = self.config, self.config.data.degrade
-        if degrade is not None:
-            own = degrade.factor // 2 if c.teacher_factor is None else c.teacher_factor
-            if own >= degrade.factor or own < 1 or own & (own - 1):
-                raise UserError(
-                    f"teacher_factor={own}: pictures are halved on to data.degrade.factor="
-                    f"{degrade.factor}; set it to {degrade.factor // 2}, or another power of two "
-                    "below"
-                )
-            self.factor = own
+        own = c.teacher_sees
+        if degrade is not None and (own >= degrade.factor or own & (own - 1)):
+            raise UserError(
+                f"teacher_factor={own}: pictures are halved on to data.degrade.factor="
+                f"{degrade.factor}; set it to {degrade.factor // 2}, or another power of two below"
+            )
         self.add_player("student", self.initial, c.optim, ema=True, total=c.steps)
 
     @property
@@ -116,7 +129,9 @@ class YonosTrainer(Trainer):
         """The conditions with what the teacher sees."""
         if cond.image is None or batch.x is None:
             return cond
-        return replace(cond, image=self.seen(batch.x, rng.step, batch.index, self.factor))
+        return replace(
+            cond, image=self.seen(batch.x, rng.step, batch.index, self.config.teacher_sees)
+        )
 
     def passes(self) -> list[Pass]:
         """The teacher's estimate and the student's."""

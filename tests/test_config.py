@@ -239,6 +239,16 @@ def test_the_method_is_needed_and_looked_up(tmp_path) -> None:
         read_config(name, ["method=consistancy"])
 
 
+def test_a_plug_in_s_key_that_is_null_by_itself_changes_no_hash() -> None:
+    """So that runs and records of before it was there go on."""
+    plain = read_config("ect-digits")[1]
+    named = read_config("ect-digits", ["weight={kind: inverse_gap}"])[1]
+    assert digest(plain) == digest(named)
+    assert "k" not in plain.pairs.named and "levels" not in plain.weight.named
+    other = read_config("ect-digits", ["pairs.k=8"])[1]
+    assert other.pairs.named["k"] == 8 and digest(other) != digest(plain)
+
+
 # The configs and schemas that ship ----------------------------------------------------------------
 
 

@@ -46,8 +46,11 @@ class Plug(BaseModel):
 
     @property
     def named(self) -> dict[str, Any]:
-        """What a config writes for it."""
-        return {"kind": self.kind} | self.model_dump(mode="json")
+        """What a config writes for it; a key that is null by itself is left out, so that configs of
+        before it was there are the same."""
+        null = {name for name, field in type(self).model_fields.items() if field.default is None}
+        own = self.model_dump(mode="json").items()
+        return {"kind": self.kind} | {k: v for k, v in own if v is not None or k not in null}
 
 
 P = TypeVar("P", bound=Plug)

@@ -272,8 +272,12 @@ def mlp_teacher(**config: Any) -> Denoiser:
     return Denoiser(small_mlp(**config), RF(), "velocity", classes=("a", "b", "c"), null_label=3)
 
 
-def dit_teacher() -> Denoiser:
-    """A flow teacher on 8x8 images with three classes, by diffusers' DiT."""
+def dit_teacher(*, beside: int = 0) -> Denoiser:
+    """A flow teacher on 8x8 images with three classes, by diffusers' DiT.
+
+    Args:
+        beside: channels of a picture that it is fed beside the state, and heeds.
+    """
     from diffusers import DiTTransformer2DModel
 
     with torch.random.fork_rng(devices=[]):
@@ -281,27 +285,7 @@ def dit_teacher() -> Denoiser:
         net = DiTTransformer2DModel(
             num_attention_heads=2,
             attention_head_dim=8,
-            in_channels=1,
-            out_channels=1,
-            num_layers=2,
-            sample_size=8,
-            patch_size=2,
-            num_embeds_ada_norm=3,
-            norm_num_groups=1,
-        )
-    return Denoiser(net, RF(), "velocity", classes=("a", "b", "c"), null_label=3)
-
-
-def seeing_teacher() -> Denoiser:
-    """As :func:`dit_teacher`, of a network that is fed a picture beside the state."""
-    from diffusers import DiTTransformer2DModel
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        net = DiTTransformer2DModel(
-            num_attention_heads=2,
-            attention_head_dim=8,
-            in_channels=2,
+            in_channels=1 + beside,
             out_channels=1,
             num_layers=2,
             sample_size=8,
@@ -310,9 +294,14 @@ def seeing_teacher() -> Denoiser:
             norm_num_groups=1,
         )
         with torch.no_grad():
-            for param in net.parameters():
+            for param in net.parameters() if beside else ():
                 param.add_(0.1 * torch.randn(param.shape))
     return Denoiser(net, RF(), "velocity", classes=("a", "b", "c"), null_label=3)
+
+
+def seeing_teacher() -> Denoiser:
+    """As :func:`dit_teacher`, of a network that is fed a picture beside the state."""
+    return dit_teacher(beside=1)
 
 
 def unet_teacher() -> Denoiser:

@@ -133,9 +133,9 @@ def seen_of(pipe: Any, reference: Reference, num: int) -> Small:
     degrade = pipe.config.get("degrade")
     if degrade is None:
         return Small({}, None)
-    config, count = DegradeConfig(**degrade), len(reference.data)
+    config = DegradeConfig(**degrade)
     config.check(reference.data.shape)
-    real, label = reference.data.load([place % count for place in range(num)])
+    real, label = reference.data.first(num)
     low = lowered(real, config, Rng(0), torch.arange(num))
     call: dict[str, Any] = {"images": low / 2 + 0.5}
     labelled = class_count(pipe) and reference.data.classes

@@ -187,10 +187,8 @@ def watch_noise(trainer: Trainer, num: int, seed: int) -> tuple[torch.Tensor, Co
 
 
 def shown_pictures(trainer: Trainer, num: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first pictures [num, C, H, W] of the data and their labels, from the start again if they
-    are fewer."""
-    images = open_data(trainer.config.data)
-    return images.load([place % len(images) for place in range(num)])
+    """Pictures [num, C, H, W] of the data and their labels."""
+    return open_data(trainer.config.data).first(num)
 
 
 @torch.no_grad()

@@ -35,6 +35,10 @@ class ImageSet(ABC):
     def load(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Images [n, C, H, W] fp32 in [-1, 1] and labels [n] int64 (0 where there are none)."""
 
+    def first(self, num: int) -> tuple[Tensor, Tensor]:
+        """:meth:`load` of the first ``num`` images, from the start again if they are fewer."""
+        return self.load([place % len(self) for place in range(num)])
+
 
 class MemorySet(ImageSet):
     """Images held in memory as they were stored, brought to [-1, 1] when read.

@@ -38,6 +38,13 @@ class Cond:
         """The same conditions for steps that end at times [B]."""
         return replace(self, end=end)
 
+    def unlabelled(self, lost: Tensor, null: int) -> Cond:
+        """The same conditions with the label "no class" where ``lost`` [B] is set; of conditions
+        without labels, themselves."""
+        if self.label is None:
+            return self
+        return replace(self, label=torch.where(lost, null, self.label))
+
     def map(self, fn: Callable[[Tensor], Tensor]) -> Cond:
         """Apply ``fn`` to every tensor that is present."""
         present = {f.name: getattr(self, f.name) for f in fields(self)}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -100,9 +99,9 @@ class DenoisingTrainer(Trainer):
         t = self.config.t.sample(rng.uniform("t", batch.index), self.process)
         z = self.z(batch, rng)
         cond = batch.cond
-        if cond.label is not None and den.null_label is not None:
+        if den.null_label is not None:
             drop = rng.uniform("drop", batch.index) < self.config.label_dropout
-            cond = replace(cond, label=torch.where(drop, den.null_label, cond.label))
+            cond = cond.unlabelled(drop, den.null_label)
         pred = den(self.process.noise(batch.x, z, t), t, cond)
         target = den.head.output(batch.x, z, pred.c, self.process.sigma_data)
         loss = (pred.h - target).square().mean()

@@ -120,10 +120,10 @@ class YonosTrainer(Trainer):
 
     def dropped(self, cond: Cond, index: Tensor, rng: Rng) -> Cond:
         """The conditions, of which some lose their label."""
-        if cond.label is None or self.teacher.null_label is None:
+        if self.teacher.null_label is None:
             return cond
         lost = rng.uniform("drop", index) < self.config.label_dropout
-        return replace(cond, label=torch.where(lost, self.teacher.null_label, cond.label))
+        return cond.unlabelled(lost, self.teacher.null_label)
 
     def finer(self, cond: Cond, batch: Batch, rng: Rng) -> Cond:
         """The conditions with what the teacher sees."""

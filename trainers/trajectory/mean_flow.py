@@ -125,12 +125,10 @@ class MeanFlowTrainer(JumpTrainer):
 
     def dropped(self, batch: Batch, rng: Rng) -> Batch:
         """The batch, of which some lose their labels where the student guides itself."""
-        label = batch.cond.label
-        if not self.mixes or label is None:
+        if not self.mixes:
             return batch
         lost = rng.uniform("drop", batch.index) < self.config.label_drop
-        null = torch.full_like(label, int(self.teacher.null_label or 0))
-        return replace(batch, cond=replace(batch.cond, label=torch.where(lost, null, label)))
+        return replace(batch, cond=batch.cond.unlabelled(lost, int(self.teacher.null_label or 0)))
 
     @torch.no_grad()
     def field(self, draw: Draw) -> Tensor:

@@ -24,7 +24,7 @@ KEYS = (  # that scripts rely on
 ).split()
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 PAPERS = ("snoopi", "stream_r1", "sid_lsg", "ict", "ect", "rfpp", "instaflow")
-NAMED = {f"{name}-digits": name for name in PAPERS}
+NAMED = {f"{name}-digits{teacher}": name for name in PAPERS for teacher in ("", "-unet")}
 """Configs of papers that are settings of another method."""
 METHODS = [method.name for method in methods()]
 

@@ -353,7 +353,7 @@ def exported(name: str, out: Path, *keys: str) -> Path:
     return out
 
 
-@pytest.mark.parametrize("name", ["reflow-digits", "rfpp-digits"])
+@pytest.mark.parametrize("name", ["reflow-digits", "rfpp-digits", "rfpp-digits-unet"])
 def test_an_exported_flow_is_the_teacher_of_the_next_method(name, tmp_path) -> None:
     """Of a flow and of a noise predictor: the same network, process, output and classes."""
     first = exported(name, tmp_path / "first")

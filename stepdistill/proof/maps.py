@@ -9,17 +9,14 @@ from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.diffusion.sampler import first_state, full
 from stepdistill.diffusion.timesteps import Grid
-from stepdistill.eval.straightness import STEPS, flow_path, straightness
 from stepdistill.losses.consistency import landing_estimate
 from stepdistill.oracles.mixture import Mixture
-from stepdistill.proof import measure
+from stepdistill.proof.couplings import judge_coupling
 from stepdistill.proof.rows import (
     EXACT,
-    POINTS,
     SMALL,
     Judge,
     Picture,
-    Walks,
     conds,
     drawn,
     looked_at,
@@ -29,7 +26,6 @@ from stepdistill.proof.trial import Trial
 from stepdistill.trainers.solvers import Asked
 
 NEAR = 1e-6  # times that are one and the same
-WALKS = 32  # paths of a picture
 
 
 class Ideal(Denoiser):
@@ -112,7 +108,7 @@ def judge_map(made: Judge) -> None:
             ends = [(gap.mean(dim=0).norm() / size) for gap in gaps]
             made.add("guided mean", worst([float(end) for end in ends]), tolerance, steps=steps)
     if trial.point.straight:
-        _straight(made)
+        judge_coupling(made)
 
 
 def _gain(made: Judge, law: Mixture, z: Tensor, x: Tensor, tolerance: float) -> None:
@@ -152,22 +148,3 @@ def gain(trial: Trial, times: Grid, std: float) -> float | None:
             up = b.alpha * a.alpha * std**2 + kept * b.sigma * a.sigma
             total = total * up / ((a.alpha * std) ** 2 + a.sigma**2)
     return float(total)
-
-
-def _straight(made: Judge) -> None:
-    """Straightness of the student's paths in 32 even steps, over that of the teacher's."""
-    trial = made.trial
-    found = []
-    for whose, den, scale in (
-        ("student", trial.trainer.best(), 1.0),
-        ("teacher", trial.teacher.oracle, trial.teacher.guidance),
-    ):
-        total = 0.0
-        for label, cond in conds(trial):
-            z = measure.even_normals(POINTS, trial.teacher.mixture.dim).float()
-            path, times = flow_path(den, z, trial.trainer.top, cond, guidance=scale)
-            total += straightness(path, times)
-            if not label:  # the first class, or none
-                made.walks.append(Walks(whose, times, torch.stack(path)[:, :WALKS]))
-        found.append(total)
-    made.add("straightness, of the teacher's", found[0] / found[1], 0.1, steps=STEPS)

@@ -67,6 +67,13 @@ class ReflowTrainer(LineTrainer):
     sizes: tuple[int, ...] = (1, 2, 4, 8)
     proofs: ClassVar = {
         "pairs": Proof(("gaussian", "gmm1d", "gmm2d", "classes"), {"metric": "l2"}),
+        "pairs by Heun": Proof(
+            ("gaussian", "gmm1d", "gmm2d"),
+            {"metric": "l2", "pairs": {"solver": "heun", "steps": 32}},
+        ),
+        "pairs by DPM-Solver++": Proof(
+            ("gaussian", "gmm1d"), {"metric": "l2", "pairs": {"solver": "dpm", "steps": 64}}
+        ),
         "huber": Proof(("gaussian",), {"metric": "huber"}),
         "rf++": Proof(
             ("gaussian",),

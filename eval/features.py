@@ -1,8 +1,8 @@
 """Feature spaces for distances between sets of images, each with a name and its weights' hash.
 
-``digits``: the hidden layer of the shipped classifier of 8x8 digits. ``pixels``: the pixels
-themselves. ``inception``: clean-fid's network; only its figures may be called FID or KID without
-naming the space.
+``digits`` and ``fashion-mnist``: the hidden layers of the shipped classifiers of such images, of
+8x8 and 28x28 pixels. ``pixels``: the pixels themselves. ``inception``: clean-fid's network; only
+its figures may be called FID or KID without naming the space.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.eval import inception
-from stepdistill.eval.classifier import FEATURES, load_classifier
+from stepdistill.eval.classifier import FEATURES, RECIPES, shipped
 from stepdistill.eval.images import to_uint8
-from stepdistill.run.assets import ASSETS
 from stepdistill.run.errors import UserError
 
-NAMES = ("digits", "pixels", "inception", "inception-legacy")
+NAMES = (*RECIPES, "pixels", "inception", "inception-legacy")
 
 
 class FeatureExtractor(nn.Module, ABC):
@@ -43,21 +42,26 @@ class FeatureExtractor(nn.Module, ABC):
         """Features [B, D] fp32 of images [B, C, H, W] in [-1, 1]."""
 
 
-class DigitsFeatures(FeatureExtractor):
-    """The 64 hidden values of the shipped classifier of 8x8 digits."""
+class ClassifierFeatures(FeatureExtractor):
+    """The 64 hidden values of a shipped classifier of small grey images."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, name: str, device: torch.device) -> None:
         super().__init__()
-        self.name, self.dim, self.device = "digits", FEATURES, device
-        self.net = load_classifier(ASSETS / "digits-classifier").requires_grad_(False).to(device)
+        self.name, self.dim, self.device = name, FEATURES, device
+        self.net = shipped(name).to(device)
+        self.shape = RECIPES[name].shape
         self.sha = weights_sha(self.net)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features [B, 64] of images [B, 1, 8, 8]."""
-        if tuple(images.shape[1:]) != (1, 8, 8):
+        """Features [B, 64] of images [B, 1, side, side].
+
+        Raises:
+            UserError: images of another shape.
+        """
+        if tuple(images.shape[1:]) != self.shape:
+            sees, found = ("x".join(map(str, one)) for one in (self.shape, images.shape[1:]))
             raise UserError(
-                f"features=digits sees 1x8x8 images, not {'x'.join(map(str, images.shape[1:]))}; "
-                "use inception or pixels"
+                f"features={self.name} sees {sees} images, not {found}; use inception or pixels"
             )
         return self.net.features(images.float())
 
@@ -107,7 +111,8 @@ def load_features(
     """A feature space by its name.
 
     Args:
-        name: digits, pixels, inception, or inception-legacy (pytorch-fid's port and resizing).
+        name: digits, fashion-mnist, pixels, inception, or inception-legacy (pytorch-fid's port
+            and resizing).
         device: where it runs.
         shape: (C, H, W) of the images, which only pixels needs.
 
@@ -115,8 +120,8 @@ def load_features(
         UserError: unknown name, or weights that are missing.
     """
     device = torch.device(device)
-    if name == "digits":
-        return DigitsFeatures(device)
+    if name in RECIPES:
+        return ClassifierFeatures(name, device)
     if name == "inception":
         return InceptionFeatures("clean", device)
     if name == "inception-legacy":

@@ -46,7 +46,8 @@ def generate(
         indices: which samples; a number N means 0..N-1.
         seed: of the whole set.
         steps: number of inference steps.
-        labels: class of each sample; its index modulo the number of classes if left out.
+        labels: class of each sample; its index modulo the number of classes if left out, and none
+            where images are given.
         prompts: for a text pipeline, taken in turn by index.
         batch_size: samples a call.
         options: further arguments of the call, such as guidance_scale.
@@ -61,7 +62,8 @@ def generate(
     for option in options or {}:
         if option not in accepted or option in _OWN:
             raise UserError(f"{name}: {option} cannot be set; it takes {', '.join(accepted)}")
-    chosen = _labels(pipeline, accepted, wanted, labels)
+    unknown = images is not None and labels is None  # the class of a picture is not its place
+    chosen = None if unknown else _labels(pipeline, accepted, wanted, labels)
     given = {"prompt": ("prompts", bool(prompts)), "image": ("small pictures", images is not None)}
     for key, (what, there) in given.items():
         if (key in accepted) != there:

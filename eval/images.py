@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -25,17 +26,22 @@ from stepdistill.run.files import write_bytes
 _NUMBERED = re.compile(r"\d{6,}\.png")
 
 
-def load_images(folder: Path) -> Tensor:
+def load_images(folder: Path, channels: Literal[1, 3] | None = None) -> Tensor:
     """The images of a folder in the order of their names, [N, C, H, W] in [-1, 1].
 
     Where there are numbered PNGs, as `save_images` writes them, other files are left alone.
+
+    Args:
+        folder: theirs.
+        channels: 1 grey, 3 RGB; the images' own if left out.
 
     Raises:
         UserError: no folder, no images, a broken one, or sizes that differ.
     """
     if not folder.is_dir():
         raise UserError(f"no folder {folder}")
-    images = FolderSet(folder, files=_numbered(folder) or None, on_error="stop")
+    files = _numbered(folder) or None
+    images = FolderSet(folder, files=files, channels=channels, on_error="stop")
     return images.load(range(len(images)))[0]
 
 

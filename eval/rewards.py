@@ -7,9 +7,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from stepdistill.eval.classifier import DigitsClassifier, load_classifier
+from stepdistill.eval.classifier import Classifier, shipped
 from stepdistill.losses.reward import Reward
-from stepdistill.run.assets import ASSETS
 from stepdistill.run.errors import UserError
 
 
@@ -34,7 +33,6 @@ class DigitsClass(Reward):
 
 
 @cache
-def _classifier(device: str) -> DigitsClassifier:
+def _classifier(device: str) -> Classifier:
     """The shipped classifier, read once a device; nothing trains it."""
-    net = load_classifier(ASSETS / "digits-classifier").requires_grad_(False)
-    return net.to(device)
+    return shipped("digits").to(device)

@@ -159,7 +159,10 @@ def sample(
     steps: Annotated[
         int | None, typer.Option(help="sampling steps; the pipeline's own if left out, or 4", min=1)
     ] = None,
-    num: Annotated[int, typer.Option(help="number of images", min=1)] = 16,
+    num: Annotated[
+        int | None, typer.Option(help="of images; 16, or as many as small", min=1)
+    ] = None,
+    images: Annotated[Path | None, typer.Option(help="folder of small pictures to enlarge")] = None,
     seed: Annotated[int, typer.Option(help="seed; image i depends on it and on i alone")] = 0,
     guidance: Annotated[float | None, typer.Option(help="classifier-free guidance")] = None,
     batch_size: Annotated[int, typer.Option(help="images a call", min=1)] = 250,
@@ -177,6 +180,7 @@ def sample(
         out,
         steps=steps,
         num=num,
+        images=images,
         seed=seed,
         batch_size=batch_size,
         overwrite=overwrite,
@@ -188,7 +192,9 @@ def sample(
 @app.command()
 def eval(  # noqa: A001
     target: Annotated[str, typer.Argument(help="a pipeline folder, hub name or image folder")],
-    reference: Annotated[str, typer.Option(help="digits, or a folder of real images")] = "digits",
+    reference: Annotated[
+        str, typer.Option(help="digits, fashion-mnist, fashion-mnist-test, or a folder of images")
+    ] = "digits",
     steps: Annotated[str, typer.Option(help="numbers of steps, as 1,2,4")] = "1,2,4",
     num: Annotated[int, typer.Option(help="samples of each evaluation", min=2)] = 2000,
     metrics: Annotated[
@@ -198,7 +204,7 @@ def eval(  # noqa: A001
         ),
     ] = "fd,kid,diversity",
     features: Annotated[
-        str | None, typer.Option(help="feature space: digits, pixels or inception")
+        str | None, typer.Option(help="feature space: digits, fashion-mnist, pixels or inception")
     ] = None,
     clip_model: Annotated[
         str, typer.Option(help="open_clip model/weights, or local-dir:FOLDER")

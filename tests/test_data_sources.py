@@ -74,6 +74,10 @@ def test_idx_plain_and_gzipped(fashion, monkeypatch):
     monkeypatch.setenv("FASHION_MNIST", str(folder))
     found = open_data(DataConfig(source="fashion-mnist"))
     assert len(found) == 5 and found.classes[9] == "Ankle boot"
+    write_idx(folder / "t10k-images-idx3-ubyte", pixels[:2])
+    write_idx(folder / "t10k-labels-idx1-ubyte", np.array([7, 7]))
+    held_out = open_data(DataConfig(source="fashion-mnist-test", path=folder))
+    assert held_out.load([1])[1].tolist() == [7] and len(held_out) == 2
 
 
 def test_a_missing_idx_file_is_named(fashion):

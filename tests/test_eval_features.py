@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.nn import functional
 
+from stepdistill.data.idx import DEBIAN_FOLDER
 from stepdistill.data.images import DataConfig, open_data
 from stepdistill.eval import classifier
 from stepdistill.eval.classifier import (
+    RECIPES,
     accuracy,
     load_classifier,
     save_classifier,
+    shipped,
     split_digits,
     train_classifier,
 )
@@ -28,12 +32,18 @@ def digits():
     return open_data(DataConfig()).load(range(1797))[0]
 
 
-def test_the_shipped_classifier_is_as_good_as_its_record():
-    folder = ASSETS / "digits-classifier"
-    recorded = json.loads((folder / "config.json").read_text())["test_accuracy"]
-    assert recorded >= 0.97
-    assert accuracy(load_classifier(folder)) == pytest.approx(recorded, abs=2 / 899)
-    assert sum(file.stat().st_size for file in folder.iterdir()) < 300_000
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_shipped_classifier_is_as_good_as_its_record(name):
+    folder = ASSETS / f"{name}-classifier"
+    kept = json.loads((folder / "config.json").read_text())
+    recorded, count = kept["test_accuracy"], kept["test_images"]
+    assert recorded >= {"digits": 0.97, "fashion-mnist": 0.9}[name]
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 500_000
+    if name == "fashion-mnist" and not DEBIAN_FOLDER.is_dir():
+        pytest.skip("the images of Fashion-MNIST are not installed")
+    (_, labels), test = RECIPES[name].parts(0)
+    assert len(test[0]) == count and len(labels) > 0
+    assert accuracy(shipped(name), test) == pytest.approx(recorded, abs=2 / count)
 
 
 def test_the_halves_do_not_meet():
@@ -41,8 +51,13 @@ def test_the_halves_do_not_meet():
     assert sorted(torch.cat([train, test]).tolist()) == list(range(1797))
 
 
+def shorten(monkeypatch, steps: int) -> None:
+    short = replace(RECIPES["digits"], steps=steps)
+    monkeypatch.setitem(classifier.RECIPES, "digits", short)
+
+
 def test_training_repeats_itself_and_is_read_back(monkeypatch, tmp_path, digits):
-    monkeypatch.setattr(classifier, "_STEPS", 30)
+    shorten(monkeypatch, 30)
     (first, correct), (again, _) = train_classifier(), train_classifier()
     assert weights_sha(first) == weights_sha(again) and correct > 0.5
     save_classifier(first, {"kind": "test"}, tmp_path / "c")
@@ -50,7 +65,7 @@ def test_training_repeats_itself_and_is_read_back(monkeypatch, tmp_path, digits)
 
 
 def test_the_command_writes_once(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(classifier, "_STEPS", 2)
+    shorten(monkeypatch, 2)
     monkeypatch.setattr("sys.argv", ["classifier", "--out", str(tmp_path / "c")])
     threads = torch.get_num_threads()
     classifier.main()
@@ -65,10 +80,10 @@ def test_the_command_writes_once(monkeypatch, tmp_path, capsys):
 
 
 def test_a_damaged_classifier_is_named(tmp_path):
-    with pytest.raises(UserError, match="cannot read the digits classifier"):
+    with pytest.raises(UserError, match="cannot read the classifier"):
         load_classifier(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"nothing")
-    with pytest.raises(UserError, match="cannot read the digits classifier"):
+    with pytest.raises(UserError, match="cannot read the classifier"):
         load_classifier(tmp_path)
 
 
@@ -80,6 +95,9 @@ def test_digits_features(digits):
     assert len(features.sha) == 64 and features.sha == load_features("digits").sha
     with pytest.raises(UserError, match="features=digits sees 1x8x8 images, not 3x8x8"):
         features(torch.zeros(1, 3, 8, 8))
+    assert load_features("fashion-mnist")(torch.zeros(2, 1, 28, 28)).shape == (2, 64)
+    with pytest.raises(UserError, match="features=fashion-mnist sees 1x28x28 images, not 1x8x8"):
+        load_features("fashion-mnist")(digits[:2])
 
 
 def test_distance_grows_with_every_fault(digits):
@@ -114,5 +132,5 @@ def test_pixels_are_a_feature_space(digits):
 
 
 def test_unknown_features_are_named():
-    with pytest.raises(UserError, match="unknown features inseption; known: digits, pixels"):
+    with pytest.raises(UserError, match="unknown features inseption; known: digits, fashion-mnist, "):
         load_features("inseption")

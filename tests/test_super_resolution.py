@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from stepdistill.commands.evaluate import evaluate, open_reference
 from stepdistill.commands.export import export
+from stepdistill.commands.sample import sample as draw
 from stepdistill.commands.teacher import teacher
 from stepdistill.commands.train import train
 from stepdistill.data.degrade import DegradeConfig, lowered, raised, seen
@@ -21,6 +22,8 @@ from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.diffusion.guidance import guided
 from stepdistill.diffusion.process import RF
+from stepdistill.eval.generate import generate, load_pipeline
+from stepdistill.eval.images import load_images, save_images
 from stepdistill.eval.paired import psnr
 from stepdistill.pipelines.upscale import UpscalePipeline
 from stepdistill.run.assets import ASSETS, load_teacher
@@ -351,6 +354,26 @@ def test_an_export_makes_small_pictures_large(chain) -> None:
     ):
         with pytest.raises(ValueError, match=line):
             pipe(bad)
+
+
+def test_small_pictures_of_a_folder_are_enlarged(chain, tmp_path) -> None:
+    """In their order, without a class, those of colour as grey ones."""
+    low = torch.rand(3, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    save_images(low.expand(3, 3, 2, 2) * 2 - 1, tmp_path / "small")
+    keys: dict = {"steps": 1, "images": tmp_path / "small", "trust_remote_code": True}
+    draw(str(chain / "student"), tmp_path / "large", **keys)
+    made = load_images(tmp_path / "large")
+    assert made.shape[-2:] == (8, 8) and len(made) == 3
+    pipe = load_pipeline(chain / "student", trust_remote_code=True)
+    kept = load_images(tmp_path / "small", 1) / 2 + 0.5
+    again = generate(pipe, 3, seed=0, steps=1, images=kept)
+    torch.testing.assert_close(made[:, :1], again, atol=0.02, rtol=0)
+    draw(str(chain / "student"), tmp_path / "two", num=2, **keys)
+    assert len(load_images(tmp_path / "two")) == 2
+    with pytest.raises(UserError, match=r"--num 4: .*small has 3 pictures"):
+        draw(str(chain / "student"), tmp_path / "four", num=4, **keys)
+    with pytest.raises(UserError, match="--images: ImagePipeline makes no small pictures large"):
+        draw("digits-dit", tmp_path / "none", **keys)
 
 
 def test_figures_hold_each_picture_against_the_real_one(chain) -> None:

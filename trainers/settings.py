@@ -78,7 +78,9 @@ class EvalConfig(Section):
     steps: int | None = Field(
         None, ge=1, description="sampler steps; the fewest the student has if null"
     )
-    features: str = Field("digits", description="feature space: digits, pixels or inception")
+    features: str = Field(
+        "digits", description="feature space: digits, fashion-mnist, pixels or inception"
+    )
 
 
 class CheckpointConfig(Section):

@@ -18,6 +18,7 @@ from stepdistill.data.degrade import DegradeConfig, lowered
 from stepdistill.data.images import DataConfig, ImageSet, open_data
 from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.timesteps import regular_start, uniform_grid
+from stepdistill.eval.classifier import RECIPES
 from stepdistill.eval.clip import ClipScorer, class_captions
 from stepdistill.eval.features import load_features
 from stepdistill.eval.fid import CleanFid
@@ -49,7 +50,8 @@ def open_reference(
         UserError: no such images, features or weights.
     """
     data: ImageSet = open_data(DataConfig(source=source))
-    name = features or ("digits" if source == "digits" else "pixels")
+    known = source.removesuffix("-test")
+    name = features or (known if known in RECIPES else "pixels")
     extractor = load_features(name, device, shape=data.shape)
     fid = CleanFid(device=device) if "fid" in metrics else None
     return Reference(data, extractor, fid=fid)

@@ -22,7 +22,9 @@ class DataConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    source: str = Field("digits", description="digits, fashion-mnist, or a folder of images")
+    source: str = Field(
+        "digits", description="digits, fashion-mnist, fashion-mnist-test, or a folder of images"
+    )
     path: Path | None = Field(None, description="folder of Fashion-MNIST's idx files")
     size: int | None = Field(None, ge=1, description="side in pixels; empty keeps the source's own")
     channels: Literal[1, 3] | None = Field(None, description="1 grey, 3 RGB; empty: the source's")
@@ -41,15 +43,17 @@ def open_data(config: DataConfig) -> ImageSet:
     Raises:
         UserError: unknown source, missing files, or nothing readable in the folder.
     """
-    if config.path is not None and config.source != "fashion-mnist":
+    fashion: dict[str, Literal["train", "test"]]
+    fashion = {"fashion-mnist": "train", "fashion-mnist-test": "test"}
+    if config.path is not None and config.source not in fashion:
         raise UserError(
             f"data.path belongs to data.source=fashion-mnist, not to {config.source}; "
             "for a folder of images set data.source to the folder"
         )
     if config.source == "digits":
         return open_digits(config.size, config.channels)
-    if config.source == "fashion-mnist":
-        return open_fashion_mnist(config.path, config.size, config.channels)
+    if (split := fashion.get(config.source)) is not None:
+        return open_fashion_mnist(config.path, config.size, config.channels, split=split)
     folder = Path(config.source).expanduser()
     if not folder.is_dir():
         raise UserError(

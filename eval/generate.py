@@ -46,8 +46,7 @@ def generate(
         indices: which samples; a number N means 0..N-1.
         seed: of the whole set.
         steps: number of inference steps.
-        labels: class of each sample; its index modulo the number of classes if left out, and none
-            where images are given.
+        labels: class of each sample; if left out its index modulo theirs, none beside images.
         prompts: for a text pipeline, taken in turn by index.
         batch_size: samples a call.
         options: further arguments of the call, such as guidance_scale.
@@ -62,12 +61,11 @@ def generate(
     for option in options or {}:
         if option not in accepted or option in _OWN:
             raise UserError(f"{name}: {option} cannot be set; it takes {', '.join(accepted)}")
-    unknown = images is not None and labels is None  # the class of a picture is not its place
-    chosen = None if unknown else _labels(pipeline, accepted, wanted, labels)
-    given = {"prompt": ("prompts", bool(prompts)), "image": ("small pictures", images is not None)}
-    for key, (what, there) in given.items():
-        if (key in accepted) != there:
-            raise UserError(f"{name} {'takes no' if there else 'needs'} {what}")
+    free = images is None or labels is not None  # a picture's class is not its place
+    chosen = _labels(pipeline, accepted, wanted, labels) if free else None
+    for key, what, there in (("prompt", "prompts", prompts), ("image", "small pictures", images)):
+        if (key in accepted) != (there is not None and len(there) > 0):
+            raise UserError(f"{name} {'takes no' if key not in accepted else 'needs'} {what}")
     pipeline.set_progress_bar_config(disable=True)
     parts = []
     for start in range(0, len(wanted), batch_size):

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from stepdistill.cli import guarded
+from stepdistill.commands.read import read_config
 from stepdistill.run.assets import TEACHERS
 from stepdistill.run.config import CONFIGS
 from stepdistill.run.errors import CheckFailed, Stopped, UserError
@@ -159,7 +160,8 @@ def test_methods_and_schema(folder) -> None:
         made = json.loads(stepdistill("schema", method.name, folder=folder).out)
         assert {"run", "steps", "optim", "extends"} <= set(made["properties"])
     for path in CONFIGS.glob("*.yaml"):
-        assert re.search(rf"^{path.stem} +\S", done.out, re.MULTILINE), path.stem
+        method = read_config(path.stem)[1].method
+        assert re.search(rf"^{path.stem} +{method} +\S", done.out, re.MULTILINE), path.stem
 
 
 def test_doctor(folder) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -291,6 +292,24 @@ def test_schema_is_one_that_the_configs_fit(method) -> None:
             assert len(list(_misfits(wrong, made, made["$defs"]))) == 3
 
 
+@pytest.mark.parametrize(
+    ("value", "fits"),
+    [
+        ("heun", True),
+        ({"kind": "sde", "eta": 0.5}, True),
+        ("mine.py:Solver", True),
+        ({"kind": "mine.py:Solver", "order": 3}, True),
+        ("hoin", False),
+        ({"kind": "sde", "eat": 0.5}, False),
+        ({"kind": "sde", "eta": "much"}, False),
+        ({"eta": 0.5}, False),
+    ],
+)
+def test_the_schema_knows_the_keys_of_plug_ins(value, fits) -> None:
+    made = json.loads(schema("consistency"))
+    assert (not list(_misfits(value, made["properties"]["solver"], made["$defs"]))) is fits
+
+
 def test_every_key_is_described() -> None:
     for method in METHODS:
         made = json.loads(schema(method))
@@ -325,6 +344,8 @@ def _misfits(value: Any, rule: dict[str, Any], defs: dict[str, Any]) -> Any:
     kinds |= {"number": (int, float), "null": type(None)}
     if "type" in rule and not isinstance(value, kinds[rule["type"]]):
         yield f"{value!r} is no {rule['type']}"
+    elif "pattern" in rule and not re.search(rule["pattern"], value):
+        yield f"{value!r} is not written as {rule['pattern']}"
     elif isinstance(value, dict) and "properties" in rule:
         known = rule["properties"]
         yield from (f"missing {key}" for key in rule.get("required", []) if key not in value)

@@ -18,7 +18,7 @@ def methods() -> None:
     found = [(method.name, method.family, method.summary) for method in all_methods()]
     _print(("method", "family", "what it does"), found)
     print()
-    _print(("config", "what it trains"), list(about().items()))
+    _print(("config", "method", "what it trains"), about())
 
 
 def _print(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -55,13 +55,14 @@ def find(name: str) -> Path:
     raise UserError(f"config {name}: no such file; {hint(path.stem, known, 'installed are')}")
 
 
-def about() -> dict[str, str]:
-    """The installed configs by name, each with the comment that its file begins with."""
-    found = {}
+def about() -> list[tuple[str, str, str]]:
+    """The installed configs: name, method, and the comment that the file begins with."""
+    found = []
     for path in sorted(CONFIGS.glob("*.yaml")):
         lines = path.read_text(encoding="utf-8").splitlines()
         comment = takewhile(lambda line: line.startswith("#"), lines)
-        found[path.stem] = " ".join(line.lstrip("# ") for line in comment)
+        method = _read_file(path, ()).values["method"]
+        found.append((path.stem, method, " ".join(line.lstrip("# ") for line in comment)))
     return found
 
 

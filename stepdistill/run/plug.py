@@ -120,15 +120,22 @@ else:
 
 
 class _Schema:
-    """The JSON schema of a key that holds a plug-in: a kind, or a mapping with one."""
+    """The JSON schema of a key that holds a plug-in: a kind, or a mapping with one and its keys."""
 
     def __init__(self, base: type[Plug]) -> None:
         self.base = base
 
     def __get_pydantic_json_schema__(self, core: CoreSchema, handler: Any) -> dict[str, Any]:
-        kind = {"type": "string", "examples": list(kinds(self.base))}
-        mapping = {"type": "object", "properties": {"kind": kind}, "required": ["kind"]}
-        return {"anyOf": [kind, mapping]}
+        known = kinds(self.base)
+        place = {"type": "string", "pattern": ":", "description": "a class of your own"}
+        found: list[dict[str, Any]] = [{"enum": list(known)}, place]
+        for name, cls in known.items():
+            found.append(handler(cls.__pydantic_core_schema__))
+            own = handler.resolve_ref_schema(found[-1])
+            own["properties"] = {"kind": {"const": name}} | own.get("properties", {})
+            own["required"] = ["kind", *(key for key in own.get("required", ()) if key != "kind")]
+        mine = {"type": "object", "properties": {"kind": place}, "required": ["kind"]}
+        return {"anyOf": [*found, mine]}
 
 
 def _class(base: type[P], kind: str) -> type[P]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stepdistill.diffusion.cond import Cond
+from stepdistill.adapters.cond import Cond
 from stepdistill.diffusion.guidance import guided
 from stepdistill.diffusion.process import Process
 from stepdistill.diffusion.sampler import Sampled, first_state, full, move

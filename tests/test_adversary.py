@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from stepdistill.adapters.cond import Cond
 from stepdistill.adapters.taps import record
-from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.diffusion.guidance import guided
 from stepdistill.losses.adversarial import Hinge, NonSaturating, Relativistic

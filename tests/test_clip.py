@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from stepdistill.adapters.cond import Cond
 from stepdistill.commands.export import literal_rows
-from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.process import RF
 from stepdistill.diffusion.sampler import sample
 from stepdistill.diffusion.timesteps import uniform_grid

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stepdistill.diffusion.cond import Cond
+from stepdistill.adapters.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.diffusion.process import EDM, RF, VP, Trig
 from stepdistill.losses.consistency import InverseGap, One, ect_partner, level_partner

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from stepdistill.adapters.cond import Cond
 from stepdistill.commands.bench_jvp import jvp
-from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser, Prediction
 from stepdistill.diffusion.derivative import along, drift
 from stepdistill.diffusion.process import RF, Process, Trig, expand

@@ -16,10 +16,10 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from stepdistill.adapters.cond import Cond
 from stepdistill.commands.export import SEEDS, small_pictures
 from stepdistill.commands.read import read_config
 from stepdistill.data.degrade import raised
-from stepdistill.diffusion.cond import Cond
 from stepdistill.pipelines.verify import noise_from_seeds
 from stepdistill.run import checkpoint
 from stepdistill.run.assets import load_teacher

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from stepdistill.diffusion.cond import Cond
+from stepdistill.adapters.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser, read_classes
 from tests.helpers import dit_teacher, mlp_teacher, noise
 from tests.test_denoising import UNET

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from stepdistill.adapters.cond import Cond
 from stepdistill.commands.pairs import pairs
 from stepdistill.commands.train import train
-from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.diffusion.process import RF
 from stepdistill.diffusion.sampler import sample

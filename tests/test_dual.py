@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from stepdistill.diffusion.cond import Cond
+from stepdistill.adapters.cond import Cond
 from stepdistill.diffusion.derivative import drift, rate
 from stepdistill.diffusion.dual import RULES, Duals
 from stepdistill.run.assets import load_teacher

@@ -8,10 +8,10 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, EDMDPMSolverMultistepScheduler, EDMEulerScheduler
 
+from stepdistill.adapters.cond import Cond
 from stepdistill.commands.export import export
 from stepdistill.commands.teacher import teacher
 from stepdistill.commands.train import train
-from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.heads import HEADS
 from stepdistill.diffusion.process import EDM
 from stepdistill.diffusion.sampler import first_state, sample

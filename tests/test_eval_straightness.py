@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from stepdistill.diffusion.cond import Cond
+from stepdistill.adapters.cond import Cond
 from stepdistill.diffusion.process import EDM, RF, VP, Process
 from stepdistill.eval.straightness import flow_path, straightness
 from stepdistill.oracles.denoiser import Oracle

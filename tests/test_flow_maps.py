@@ -12,9 +12,9 @@ from diffusers import DiTTransformer2DModel
 from torch import Tensor, nn
 
 from stepdistill.adapters import extra, scalars
+from stepdistill.adapters.cond import Cond
 from stepdistill.adapters.recompute import recompute
 from stepdistill.commands.export import literal_rows
-from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.diffusion.derivative import along, drift, slope
 from stepdistill.diffusion.process import EDM, RF, VP, Process, Trig, expand
@@ -158,7 +158,7 @@ class Exact(Denoiser):
 
     def raw(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         with self.told(t, cond):
-            u = self.adapter(self.called(), x_t, t, cond.label)
+            u = self.adapter(self.called(), x_t, t, cond)
         c = self.process.coefs(t).expand(x_t)
         x = (x_t - c.sigma * u) / (c.alpha + c.sigma)
         return self.head.output(x, x + u, c, self.process.sigma_data)

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from stepdistill.adapters.cond import Cond
 from stepdistill.commands.export import export
 from stepdistill.commands.read import read_config
 from stepdistill.commands.train import train
-from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.heads import HEADS
 from stepdistill.diffusion.process import EDM, RF, VP, Process, Trig, translate
 from stepdistill.diffusion.sampler import first_state, full, sample

@@ -9,8 +9,8 @@ import torch
 from diffusers import DiffusionPipeline
 
 from stepdistill.adapters import scalars
+from stepdistill.adapters.cond import Cond
 from stepdistill.commands.export import scheduler_of, told_scales
-from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.sampler import sample
 from stepdistill.pipelines.folder import write_pipeline
 from stepdistill.pipelines.image import ImagePipeline

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.adapters import lora
+from stepdistill.adapters.cond import Cond
 from stepdistill.adapters.recompute import recompute
-from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.diffusion.process import RF
 from stepdistill.run.errors import UserError

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from stepdistill.adapters.cond import Cond
 from stepdistill.commands.export import export, literal_rows, members
 from stepdistill.commands.train import train
-from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser, Routed
 from stepdistill.diffusion.process import RF
 from stepdistill.diffusion.sampler import full, sample

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stepdistill.diffusion.cond import Cond
+from stepdistill.adapters.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.diffusion.derivative import along
 from stepdistill.diffusion.flow_sde import flow_step
@@ -69,7 +69,7 @@ class Plain(Denoiser):
 
     def raw(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """See :meth:`Denoiser.raw`."""
-        return self.adapter(self.called(), x_t, t, cond.label).float()
+        return self.adapter(self.called(), x_t, t, cond).float()
 
 
 def flow_map(process: Process | None = None) -> Plain:

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from stepdistill.adapters.cond import Cond
 from stepdistill.data.digits import open_digits
-from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.guidance import guided
 from stepdistill.diffusion.heads import HEADS
 from stepdistill.diffusion.process import RF, VP, Process

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from stepdistill.adapters.cond import Cond
 from stepdistill.data.pairs import claims as claim_files
 from stepdistill.data.pairs.claims import CLAIM, Claims
 from stepdistill.data.pairs.folder import Folder, open_folder
@@ -20,7 +21,6 @@ from stepdistill.data.pairs.make import MANIFEST, make_pairs, of_noise
 from stepdistill.data.pairs.plan import PairPlan, pieces
 from stepdistill.data.pairs.shards import lacking, shard_name
 from stepdistill.data.pairs.store import PairStore
-from stepdistill.diffusion.cond import Cond
 from stepdistill.run.errors import UserError
 from tests.children import CONTEXT, Child, ranks, stepdistill
 from tests.faults import FAULT

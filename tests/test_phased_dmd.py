@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.adapters import lora
-from stepdistill.diffusion.cond import Cond
+from stepdistill.adapters.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser, Prediction
 from stepdistill.diffusion.heads import HEADS
 from stepdistill.diffusion.process import EDM, RF, VP, Coefs, Process, Trig

@@ -18,7 +18,7 @@ from diffusers import (
 )
 from diffusers.utils import dynamic_modules_utils
 
-from stepdistill.diffusion.cond import Cond
+from stepdistill.adapters.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser, Experts
 from stepdistill.diffusion.process import EDM, RF, VP, Trig
 from stepdistill.diffusion.sampler import sample, twice

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stepdistill.diffusion.cond import Cond
+from stepdistill.adapters.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.diffusion.process import RF
 from stepdistill.run.player import OptimConfig, Player

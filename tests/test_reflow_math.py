@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stepdistill.diffusion.cond import Cond
+from stepdistill.adapters.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.diffusion.process import RF
 from stepdistill.diffusion.sampler import full, heun_step, sample

@@ -346,7 +346,7 @@ def test_pairs_made_before_are_used(folder, whole) -> None:
 
 
 def test_a_pair_store_is_what_the_teacher_draws(whole) -> None:
-    from stepdistill.diffusion.cond import Cond
+    from stepdistill.adapters.cond import Cond
     from stepdistill.diffusion.sampler import sample
     from stepdistill.diffusion.timesteps import uniform_grid
     from stepdistill.run.assets import load_teacher

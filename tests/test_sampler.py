@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stepdistill.diffusion.cond import Cond
+from stepdistill.adapters.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser, Experts
 from stepdistill.diffusion.guidance import guided
 from stepdistill.diffusion.process import EDM, RF, VP

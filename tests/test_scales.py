@@ -11,7 +11,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from stepdistill.diffusion.cond import Cond
+from stepdistill.adapters.cond import Cond
 from stepdistill.run.errors import UserError
 from stepdistill.run.rng import Rng
 from stepdistill.trainers.base import Trainer

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from stepdistill.adapters.cond import Cond
 from stepdistill.commands.export import literal_rows
-from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.diffusion.process import EDM, RF, Process, Trig, expand
 from stepdistill.diffusion.sampler import full

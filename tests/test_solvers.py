@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stepdistill.diffusion.cond import Cond
+from stepdistill.adapters.cond import Cond
 from stepdistill.diffusion.process import EDM, RF, VP, Process, Trig
 from stepdistill.diffusion.sampler import full, heun_step, move, sample
 from stepdistill.diffusion.timesteps import uniform_grid

@@ -12,13 +12,13 @@ from diffusers import DiffusionPipeline, DiTTransformer2DModel, UNet2DModel
 from PIL import Image
 from torch import Tensor, nn
 
+from stepdistill.adapters.cond import Cond
 from stepdistill.commands.evaluate import evaluate, open_reference
 from stepdistill.commands.export import export
 from stepdistill.commands.sample import sample as draw
 from stepdistill.commands.teacher import teacher
 from stepdistill.commands.train import train
 from stepdistill.data.degrade import DegradeConfig, lowered, raised, seen
-from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.diffusion.guidance import guided
 from stepdistill.diffusion.process import RF

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stepdistill.diffusion.cond import Cond
+from stepdistill.adapters.cond import Cond
 from stepdistill.diffusion.process import RF
 from stepdistill.losses.twin_flow import barron_weighted, recursive_target, span_weight
 from stepdistill.oracles.denoiser import Oracle

@@ -17,10 +17,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from stepdistill.adapters.cond import Cond
 from stepdistill.adapters.recompute import can_recompute
 from stepdistill.data.batch import Batch
 from stepdistill.data.degrade import seen
-from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser, Experts
 from stepdistill.diffusion.sampler import NoiseSource, sample
 from stepdistill.diffusion.timesteps import (

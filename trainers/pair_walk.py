@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stepdistill.adapters.cond import Cond
 from stepdistill.data.images import ImageSet, open_data
 from stepdistill.data.pairs.plan import PairPlan, Pairs
 from stepdistill.data.pairs.shards import as_kept
 from stepdistill.data.pairs.store import Sent, sent
-from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.diffusion.process import expand
 from stepdistill.diffusion.sampler import first_state, full, sample

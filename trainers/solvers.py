@@ -16,7 +16,7 @@ import torch
 from pydantic import Field, PlainSerializer
 from torch import Tensor
 
-from stepdistill.diffusion.cond import Cond
+from stepdistill.adapters.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser, Prediction
 from stepdistill.diffusion.guidance import guided
 from stepdistill.diffusion.process import Process, expand

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from stepdistill.adapters import scalars
+from stepdistill.adapters.cond import Cond
 
 
 class Adapter(ABC):
@@ -26,9 +27,7 @@ class Adapter(ABC):
     innate: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
-    def __call__(
-        self, call: Callable[..., Any], x: Tensor, time: Tensor, label: Tensor | None
-    ) -> Tensor:
+    def __call__(self, call: Callable[..., Any], x: Tensor, time: Tensor, cond: Cond) -> Tensor:
         """Run ``call`` (the network, or a wrapper of it) on x [B, C, *S] at network times [B]."""
 
     @abstractmethod

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from stepdistill.adapters.base import Adapter
+from stepdistill.adapters.cond import Cond
 
 
 class DiTAdapter(Adapter):
@@ -17,17 +18,15 @@ class DiTAdapter(Adapter):
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
     innate = ("*.to_out.*", "*.ff.net.*")  # ours: GDD's rule knows convolutions only
 
-    def __call__(
-        self, call: Callable[..., Any], x: Tensor, time: Tensor, label: Tensor | None
-    ) -> Tensor:
+    def __call__(self, call: Callable[..., Any], x: Tensor, time: Tensor, cond: Cond) -> Tensor:
         """See :meth:`Adapter.__call__`.
 
         Raises:
             ValueError: no labels.
         """
-        if label is None:
+        if cond.label is None:
             raise ValueError("DiTTransformer2DModel: every sample needs a class label")
-        out: Tensor = call(x, timestep=time, class_labels=label, return_dict=False)[0]
+        out: Tensor = call(x, timestep=time, class_labels=cond.label, return_dict=False)[0]
         return out
 
     def sample_shape(self, net: nn.Module) -> tuple[int, ...]:

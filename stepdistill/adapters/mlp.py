@@ -12,6 +12,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from stepdistill.adapters.base import Adapter
+from stepdistill.adapters.cond import Cond
 
 
 class VectorMLP(ModelMixin, ConfigMixin):
@@ -68,11 +69,9 @@ class MLPAdapter(Adapter):
     label_key = "num_classes"
     lora_targets = ("enter", "time.*", "mods.*", "blocks.*", "leave")
 
-    def __call__(
-        self, call: Callable[..., Any], x: Tensor, time: Tensor, label: Tensor | None
-    ) -> Tensor:
+    def __call__(self, call: Callable[..., Any], x: Tensor, time: Tensor, cond: Cond) -> Tensor:
         """See :meth:`Adapter.__call__`."""
-        out: Tensor = call(x, time, label)
+        out: Tensor = call(x, time, cond.label)
         return out
 
     def sample_shape(self, net: nn.Module) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from stepdistill.adapters.base import Adapter
+from stepdistill.adapters.cond import Cond
 
 
 class UNetAdapter(Adapter):
@@ -17,11 +18,9 @@ class UNetAdapter(Adapter):
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "conv_shortcut")
     innate = ("*.conv1.*", "*.conv2.*", "*samplers.*.conv.*", "*.to_out.*")
 
-    def __call__(
-        self, call: Callable[..., Any], x: Tensor, time: Tensor, label: Tensor | None
-    ) -> Tensor:
+    def __call__(self, call: Callable[..., Any], x: Tensor, time: Tensor, cond: Cond) -> Tensor:
         """See :meth:`Adapter.__call__`."""
-        out: Tensor = call(x, time, class_labels=label, return_dict=False)[0]
+        out: Tensor = call(x, time, class_labels=cond.label, return_dict=False)[0]
         return out
 
     def sample_shape(self, net: nn.Module) -> tuple[int, ...]:

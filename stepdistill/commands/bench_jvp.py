@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from stepdistill.adapters.cond import Cond
 from stepdistill.commands.job import job
 from stepdistill.commands.peaks import peak
 from stepdistill.commands.read import read_config
-from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser, Prediction
 from stepdistill.diffusion.derivative import CALLS, Way, drift, rate
 from stepdistill.diffusion.sampler import first_state, full

@@ -14,9 +14,9 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from stepdistill.adapters.cond import Cond
 from stepdistill.data.degrade import DegradeConfig, lowered
 from stepdistill.data.images import DataConfig, ImageSet, open_data
-from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.timesteps import regular_start, uniform_grid
 from stepdistill.eval.classifier import RECIPES
 from stepdistill.eval.clip import ClipScorer, class_captions

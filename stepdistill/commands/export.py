@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from stepdistill.adapters import scalars
+from stepdistill.adapters.cond import Cond
 from stepdistill.commands.read import read_config
 from stepdistill.data.degrade import raised
-from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser, Experts, Routed
 from stepdistill.diffusion.sampler import sample
 from stepdistill.diffusion.saved import stock_config

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
+from stepdistill.adapters.cond import Cond
 from stepdistill.commands.export import finished
 from stepdistill.commands.report import Grid
-from stepdistill.diffusion.cond import Cond
 from stepdistill.eval.images import tiled, to_pil
 from stepdistill.eval.straightness import STEPS, flow_path, straightness
 

@@ -22,6 +22,7 @@ from threading import Lock
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from stepdistill.adapters.cond import Cond
 from stepdistill.commands.demo import METRICS, TEACHER, deliver, teacher_rows
 from stepdistill.commands.entries import Entry, entries_of, whole_numbers
 from stepdistill.commands.evaluate import open_reference
@@ -31,7 +32,6 @@ from stepdistill.commands.read import read_config
 from stepdistill.commands.students_table import replace_section, section
 from stepdistill.commands.train import Source
 from stepdistill.commands.watch import Watch
-from stepdistill.diffusion.cond import Cond
 from stepdistill.eval.runner import Reference, Row
 from stepdistill.run.assets import load_teacher
 from stepdistill.run.errors import CheckFailed, UserError

@@ -10,8 +10,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from stepdistill.adapters.cond import Cond
 from stepdistill.data.images import open_data
-from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.diffusion.sampler import sample
 from stepdistill.diffusion.timesteps import uniform_grid

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from stepdistill.diffusion.cond import Cond
+from stepdistill.adapters.cond import Cond
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.adapters import Adapter, adapter_for
+from stepdistill.adapters.cond import Cond
 from stepdistill.adapters.dropout import dropped
 from stepdistill.adapters.taps import Tail, record
 from stepdistill.diffusion.branch import Branch
-from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.heads import HEADS, Head
 from stepdistill.diffusion.process import Coefs, Process
 from stepdistill.diffusion.saved import (
@@ -177,7 +177,7 @@ class Denoiser(Branch):
         scaled = self.fed(self.process.scale_input(x_t, t), cond)
         time = self.process.network_time(t)
         with self.told(t, cond), dropped(self.net, self.dropout):
-            h = self.adapter(self.called(), scaled, time, cond.label)
+            h = self.adapter(self.called(), scaled, time, cond)
         return h[:, : x_t.shape[1]].float()
 
     def fed(self, scaled: Tensor, cond: Cond) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from stepdistill.diffusion.cond import Cond
+from stepdistill.adapters.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser, Prediction
 from stepdistill.diffusion.dual import Duals
 from stepdistill.diffusion.process import Process, expand

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stepdistill.adapters.cond import Cond
 from stepdistill.adapters.mlp import MLPAdapter
-from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser, Prediction
 from stepdistill.diffusion.heads import HEADS
 from stepdistill.diffusion.process import Process
@@ -186,7 +186,7 @@ class Oracle(Denoiser):
     def raw(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """See :meth:`Denoiser.raw`; the closed form takes the state and time as they are."""
         with torch.autocast(x_t.device.type, enabled=False):
-            return self.adapter(self.called(), x_t.float(), t, cond.label).float()
+            return self.adapter(self.called(), x_t.float(), t, cond).float()
 
     def exact(
         self, x_t: Tensor, t: Tensor, cond: Cond | None = None, guidance: float = 1.0

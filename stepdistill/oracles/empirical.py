@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from stepdistill.adapters.cond import Cond
 from stepdistill.adapters.mlp import MLPAdapter
-from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.diffusion.heads import HEADS
 from stepdistill.diffusion.process import Process
@@ -171,4 +171,4 @@ class Empirical(Denoiser):
     def raw(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """See :meth:`Denoiser.raw`; the closed form takes the state and time as they are."""
         with torch.autocast(x_t.device.type, enabled=False):
-            return self.adapter(self.called(), x_t.float(), t, cond.label).float()
+            return self.adapter(self.called(), x_t.float(), t, cond).float()

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from stepdistill.diffusion.cond import Cond
+from stepdistill.adapters.cond import Cond
 from stepdistill.oracles import line
 from stepdistill.oracles.denoiser import Oracle
 from stepdistill.oracles.integrate import integrate

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stepdistill.diffusion.cond import Cond
+from stepdistill.adapters.cond import Cond
 from stepdistill.diffusion.sampler import Sampled, first_state, full
 from stepdistill.eval.straightness import STEPS, flow_path, straightness
 from stepdistill.losses.reflow import velocity_loss

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from stepdistill.diffusion.cond import Cond
+from stepdistill.adapters.cond import Cond
 from stepdistill.proof import measure
 from stepdistill.proof.laws import judge_law
 from stepdistill.proof.maps import judge_map

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stepdistill.diffusion.cond import Cond
+from stepdistill.adapters.cond import Cond
 from stepdistill.diffusion.sampler import full
 from stepdistill.oracles.mixture import Mixture
 from stepdistill.proof import measure

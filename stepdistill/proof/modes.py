@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepdistill.diffusion.cond import Cond
+from stepdistill.adapters.cond import Cond
 from stepdistill.diffusion.process import RF
 from stepdistill.diffusion.sampler import NoiseSource, Sampled, full, sample
 from stepdistill.diffusion.timesteps import Grid, uniform_grid

@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from stepdistill.diffusion.cond import Cond
+from stepdistill.adapters.cond import Cond
 from stepdistill.diffusion.sampler import Sampled, sample
 from stepdistill.oracles.mixture import Mixture
 from stepdistill.proof import measure

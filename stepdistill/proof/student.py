@@ -229,7 +229,7 @@ class Student(Denoiser):
     def raw(self, x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
         """See :meth:`Denoiser.raw`."""
         with self.told(t, cond):
-            return self.adapter(self.called(), x_t, t, cond.label).float()
+            return self.adapter(self.called(), x_t, t, cond).float()
 
 
 def begin(oracle: Oracle, kind: Kind, *, fresh: bool = False, seed: int = 0) -> Student:

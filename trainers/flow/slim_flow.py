@@ -12,8 +12,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from stepdistill.adapters.cond import Cond
 from stepdistill.data.batch import Batch
-from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.guidance import guided
 from stepdistill.diffusion.sampler import first_state, full
 from stepdistill.diffusion.timesteps import Density, Uniform

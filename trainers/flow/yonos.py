@@ -15,9 +15,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from stepdistill.adapters.cond import Cond
 from stepdistill.data.batch import Batch
 from stepdistill.data.degrade import DegradeConfig
-from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.guidance import guided
 from stepdistill.diffusion.timesteps import Density, Uniform
 from stepdistill.losses.consistency import SnrWeight, snr_weight

@@ -13,8 +13,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from stepdistill.adapters.cond import Cond
 from stepdistill.data.batch import Batch
-from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser, Prediction
 from stepdistill.diffusion.flow_sde import Step, flow_step, flow_times
 from stepdistill.diffusion.guidance import guided

@@ -17,8 +17,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from stepdistill.adapters.cond import Cond
 from stepdistill.data.batch import Batch
-from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.losses.adversarial import AdversarialLoss, NonSaturating
 from stepdistill.losses.heads import Discriminator, HeadPlug, Tokens

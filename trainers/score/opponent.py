@@ -14,8 +14,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from stepdistill.adapters.cond import Cond
 from stepdistill.data.batch import Batch
-from stepdistill.diffusion.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.diffusion.timesteps import Density, LogitNormal
 from stepdistill.losses.adversarial import AdversarialLoss, Hinge

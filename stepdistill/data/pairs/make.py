@@ -9,11 +9,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from stepdistill.adapters.cond import Cond
 from stepdistill.data.pairs.claims import CLAIM, TIMEOUT_SECONDS, Claims
 from stepdistill.data.pairs.folder import Folder, write_json
 from stepdistill.data.pairs.plan import AnyPlan, MergedPlan, PairPlan, Pairs, Piece, pieces
 from stepdistill.data.pairs.shards import lacking, tensors_of, write_shard
-from stepdistill.diffusion.cond import Cond
 from stepdistill.run.errors import UserError
 
 MANIFEST = "manifest.json"

@@ -25,6 +25,12 @@ class Cond:
             picture that is to be sharpened; None: they are fed none.
         steps: how many steps made the image that a state was noised from [B], for networks that are
             told; None: one.
+        text: embeddings of a prompt's tokens [B, L, D], as the network's own text encoder makes
+            them; None: the network reads none.
+        mask: 1 where these are tokens and 0 where they fill up [B, L]; None: all are.
+        pooled: one embedding of the whole prompt [B, D'], for networks that are given it too.
+        second: embeddings by a second text encoder [B, ...], for networks that read two.
+        sizes: what a network is told of the picture's size [B, K], in its own order and units.
     """
 
     label: Tensor | None = None
@@ -33,6 +39,11 @@ class Cond:
     guidance: Tensor | None = None
     steps: Tensor | None = None
     image: Tensor | None = None
+    text: Tensor | None = None
+    mask: Tensor | None = None
+    pooled: Tensor | None = None
+    second: Tensor | None = None
+    sizes: Tensor | None = None
 
     def ending(self, end: Tensor) -> Cond:
         """The same conditions for steps that end at times [B]."""

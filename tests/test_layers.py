@@ -117,7 +117,7 @@ def test_files_that_travel_stand_alone(shipped) -> None:
         ("stepdistill.eval.frechet", "import stepdistill.pipelines.export", True),
         ("stepdistill.losses.score", "from stepdistill.data.batch import Batch", True),
         ("stepdistill.diffusion.heads", "def f():\n    from stepdistill.run import rng", True),
-        ("stepdistill.adapters.unet", "from stepdistill.adapters.cond import Cond", True),
+        ("stepdistill.adapters.unet", "from stepdistill.diffusion.denoiser import Denoiser", True),
         ("stepdistill.adapters.unet", "from .base import Adapter", True),
         ("stepdistill.run.config", "import_module(f'stepdistill.trainers.{name}')", True),
         ("stepdistill.run.config", "from stepdistill import Denoiser", True),

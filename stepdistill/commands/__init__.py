@@ -1,1 +1,1 @@
-"""One file for each command; cli.py imports a file only when its command is called."""
+"""One file for each command; the command line imports a file only when its command is called."""

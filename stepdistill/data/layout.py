@@ -1,7 +1,7 @@
 """What lies in a folder of images: the files and their labels, before any is opened.
 
-Three layouts: a metadata file with the columns file_name and (if there are classes) label; one
-sub-folder a class; or images alone.
+Three layouts: a metadata file with the columns file_name and (if there are classes) label or (if
+there are captions) text, of which each is a class; one sub-folder a class; or images alone.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def _jsonl_rows(table: Path) -> Iterator[_Row]:
             raise UserError(f"{table}:{number}: not JSON ({error})") from error
         if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
             raise UserError(f"{table}:{number}: needs a text file_name")
-        label = row.get("label")
+        label = row.get("label", row.get("text"))
         if not isinstance(label, (str, int, type(None))):
             raise UserError(f"{table}:{number}: label must be a name or a whole number")
         yield row["file_name"], label
@@ -138,7 +138,7 @@ def _csv_rows(table: Path) -> Iterator[_Row]:
     for row in reader:
         if not row["file_name"]:
             raise UserError(f"{table}:{reader.line_num}: needs a file_name")
-        yield row["file_name"], row.get("label") or None
+        yield row["file_name"], row.get("label") or row.get("text") or None
 
 
 def _text(table: Path) -> str:

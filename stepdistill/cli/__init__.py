@@ -11,6 +11,9 @@ from typing import Annotated
 import typer
 
 from stepdistill import __version__
+from stepdistill.cli.bench import bench
+from stepdistill.cli.data import data
+from stepdistill.cli.words import Config, Overrides
 from stepdistill.run.errors import UserError
 from stepdistill.run.guard import guarded
 
@@ -22,13 +25,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-bench = typer.Typer(help="Measure: a training step, a derivative, or students of one budget.")
 app.add_typer(bench, name="bench")
-
-Config = Annotated[str, typer.Argument(help="a config file, or the name of an installed one")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(help="key.sub=value, over what the file says")
-]
+app.add_typer(data, name="data")
 
 
 @app.command()
@@ -240,97 +238,6 @@ def eval(  # noqa: A001
         overwrite=overwrite,
         trust_remote_code=trust_remote_code,
     )
-
-
-@bench.command("step")
-def bench_step(
-    config: Config,
-    overrides: Overrides = None,
-    rounds: Annotated[int, typer.Option(help="interleaved rounds", min=3)] = 20,
-    threads: Annotated[int, typer.Option(help="CPU threads; one is the steadiest", min=1)] = 1,
-    markdown: Annotated[Path | None, typer.Option(help="file whose table gets a row")] = None,
-) -> None:
-    """Time a training step, and its memory, against the bare network passes that it needs."""
-    from stepdistill.commands.bench import run
-
-    run(config, overrides or (), rounds=rounds, threads=threads, markdown=markdown)
-
-
-@bench.command("jvp")
-def bench_jvp(
-    config: Config,
-    overrides: Overrides = None,
-    rounds: Annotated[int, typer.Option(help="interleaved rounds", min=3)] = 20,
-    threads: Annotated[int, typer.Option(help="CPU threads; one is the steadiest", min=1)] = 1,
-    step: Annotated[
-        float | None,
-        typer.Option(
-            help="of differences, in flow time; the config's if left out", min=1e-6, max=0.5
-        ),
-    ] = None,
-) -> None:
-    """Time a derivative along the flow by each way, its memory, and how far the ways agree."""
-    from stepdistill.commands.bench_jvp import jvp
-
-    jvp(config, overrides or (), rounds=rounds, threads=threads, step=step)
-
-
-@bench.command("students")
-def bench_students(
-    overrides: Overrides = None,
-    config: Annotated[
-        list[str] | None, typer.Option(help="only these configs (may be repeated)")
-    ] = None,
-    family: Annotated[
-        str | None, typer.Option(help="only methods of this family, as `methods` lists them")
-    ] = None,
-    teacher: Annotated[str, typer.Option(help="name of the shipped teacher")] = "digits-dit",
-    out: Annotated[Path, typer.Option(help="folder of runs and results")] = Path("out/students"),
-    steps: Annotated[str, typer.Option(help="sampler steps of the students, by commas")] = "1",
-    seconds: Annotated[float, typer.Option(help="training budget of each run", min=1)] = 300,
-    seeds: Annotated[str, typer.Option(help="seeds, by commas")] = "0,1,2",
-    num: Annotated[int, typer.Option(help="samples of each evaluation", min=100)] = 2000,
-    record: Annotated[
-        Path | None, typer.Option(help="plans and figures so far; OUT/record.json if left out")
-    ] = None,
-    markdown: Annotated[Path | None, typer.Option(help="put the tables into this file")] = None,
-    recorded: Annotated[
-        bool, typer.Option("--recorded", help="train nothing: the tables of what is recorded")
-    ] = False,
-) -> None:
-    """Distil a digits teacher by every method on one budget; what is recorded is kept."""
-    from stepdistill.commands.students import students
-
-    students(
-        out,
-        names=config,
-        family=family,
-        teacher=teacher,
-        overrides=overrides or (),
-        steps=steps,
-        seconds=seconds,
-        seeds=seeds,
-        num=num,
-        record=record,
-        markdown=markdown,
-        recorded=recorded,
-    )
-
-
-@bench.command("modes")
-def bench_modes(
-    updates: Annotated[int, typer.Option(help="of each student, over its phases", min=10)] = 400,
-    seeds: Annotated[str, typer.Option(help="seeds, by commas")] = "0,1,2",
-    shift: Annotated[
-        float, typer.Option(help="of the times; below 1 nearer to the images", min=0.05, max=20)
-    ] = 1.0,
-    workers: Annotated[int, typer.Option(help="trainings at a time", min=1)] = 2,
-    markdown: Annotated[Path | None, typer.Option(help="put the table into this file")] = None,
-) -> None:
-    """Count the modes that four-step students keep of twenty-five, with phases and without."""
-    from stepdistill.commands.modes import modes
-
-    modes(seeds=seeds, updates=updates, shift=shift, workers=workers, markdown=markdown)
 
 
 @app.command()

@@ -18,6 +18,7 @@ from stepdistill.adapters.taps import Tail, record
 from stepdistill.diffusion.branch import Branch
 from stepdistill.diffusion.heads import HEADS, Head
 from stepdistill.diffusion.process import Coefs, Process
+from stepdistill.diffusion.prompts import Prompts
 from stepdistill.diffusion.saved import (
     pipeline_folder,
     read_classes,
@@ -94,6 +95,7 @@ class Denoiser(Branch):
         classes: names of the classes it is conditioned on, empty if none.
         null_label: the label that means "no class", if the network was trained with one.
         degrade: how the pictures were made small that it has learnt to make large, if known.
+        prompts: what its labels stand for, of a network that reads text; in the classes' place.
     """
 
     def __init__(
@@ -106,6 +108,7 @@ class Denoiser(Branch):
         classes: Sequence[str] = (),
         null_label: int | None = None,
         degrade: Mapping[str, Any] | None = None,
+        prompts: Prompts | None = None,
     ) -> None:
         super().__init__()
         self.net = net.eval()
@@ -115,6 +118,13 @@ class Denoiser(Branch):
         self.classes = tuple(classes)
         self.null_label = null_label
         self.degrade = degrade
+        self.read(prompts)
+
+    def read(self, prompts: Prompts | None) -> None:
+        """Have labels be numbers of these prompts, of a network that reads text; or be labels."""
+        self.prompts = prompts
+        if prompts is not None:
+            self.classes, self.null_label = prompts.captions, prompts.null
 
     def train(self, mode: bool = True) -> Denoiser:
         """Stay in eval mode; see the class."""
@@ -174,6 +184,7 @@ class Denoiser(Branch):
 
     def raw(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The network's own output h [B, C, *S], in fp32."""
+        cond = cond if self.prompts is None else self.prompts.fill(cond)
         scaled = self.fed(self.process.scale_input(x_t, t), cond)
         time = self.process.network_time(t)
         with self.told(t, cond), dropped(self.net, self.dropout):

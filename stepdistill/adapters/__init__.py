@@ -12,7 +12,15 @@ __all__ = ["ADAPTERS", "Adapter", "adapter_for"]
 
 ADAPTERS = {
     "UNet2DModel": "unet:UNetAdapter",
+    "UNet2DConditionModel": "unet:TextUNetAdapter",
     "DiTTransformer2DModel": "dit:DiTAdapter",
+    "PixArtTransformer2DModel": "pixart:PixArtAdapter",
+    "SD3Transformer2DModel": "mmdit:SD3Adapter",
+    "AuraFlowTransformer2DModel": "mmdit:AuraFlowAdapter",
+    "FluxTransformer2DModel": "packed:FluxAdapter",
+    "Flux2Transformer2DModel": "packed:Flux2Adapter",
+    "QwenImageTransformer2DModel": "packed:QwenImageAdapter",
+    "SanaTransformer2DModel": "sana:SanaAdapter",
     "VectorMLP": "mlp:MLPAdapter",
 }
 """Network class name -> "file:class" of its adapter in this folder."""

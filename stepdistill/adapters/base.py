@@ -54,6 +54,10 @@ class Adapter(ABC):
         """The label that means "no class", where the architecture itself fixes one."""
         return None
 
+    def embeds_guidance(self, net: nn.Module) -> bool:
+        """Whether the network itself is made to be told a guidance scale, by ``cond.guidance``."""
+        return False
+
     def taps(self, net: nn.Module) -> tuple[str, ...]:
         """Names of modules whose outputs serve as features, about half way through."""
         return ()
@@ -61,6 +65,11 @@ class Adapter(ABC):
     def blocks(self, net: nn.Module) -> tuple[str, ...]:
         """Names of modules whose outputs serve as features at several depths."""
         return self.taps(net)
+
+    def feature(self, name: str, output: Any) -> Tensor:
+        """What serves as the feature of a module that puts out one tensor or several."""
+        found: Tensor = output if isinstance(output, Tensor) else output[0]
+        return found
 
     def embedders(self, net: nn.Module) -> tuple[str, ...]:
         """Names of the modules whose outputs are the network's embeddings of its time."""
@@ -85,3 +94,9 @@ class Adapter(ABC):
         """Calls of the network in this context are told numbers [B], 0 to 1, by name."""
         extra = scalars.held(net)
         return nullcontext() if extra is None else extra.telling(values)
+
+
+def spaced(names: Sequence[str]) -> tuple[str, ...]:
+    """Up to four of these names, evenly spaced, the last among them."""
+    count = min(4, len(names))
+    return tuple(names[(k + 1) * len(names) // count - 1] for k in range(count))

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from stepdistill.adapters.base import Adapter
+from stepdistill.adapters.base import Adapter, spaced
 from stepdistill.adapters.cond import Cond
 
 
@@ -48,9 +48,7 @@ class DiTAdapter(Adapter):
     def blocks(self, net: nn.Module) -> tuple[str, ...]:
         """Up to four blocks, evenly spaced, the last among them."""
         config: Any = net.config
-        count = min(4, config.num_layers)
-        places = [(k + 1) * config.num_layers // count - 1 for k in range(count)]
-        return tuple(f"transformer_blocks.{place}" for place in places)
+        return spaced([f"transformer_blocks.{place}" for place in range(config.num_layers)])
 
     def embedders(self, net: nn.Module) -> tuple[str, ...]:
         """One in every block; the first one's also modulates the output."""

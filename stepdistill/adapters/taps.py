@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -19,12 +19,16 @@ class _EnoughError(Exception):
 
 @contextmanager
 def record(
-    net: nn.Module, names: Sequence[str], tail: Tail = "whole"
+    net: nn.Module,
+    names: Sequence[str],
+    tail: Tail = "whole",
+    feature: Callable[[str, Any], Tensor] | None = None,
 ) -> Iterator[dict[str, Tensor]]:
     """Collect the outputs of the modules called ``names`` while the context is open.
 
     Of several calls in it, the last one's. With ``tail="none"`` a call of the network ends the
-    context as soon as it has them all.
+    context as soon as it has them all. Of a module with several outputs the first is kept, or what
+    ``feature`` finds by the module's name and these.
 
     Raises:
         ValueError: a name that the network does not have.
@@ -34,20 +38,20 @@ def record(
         yield features
         return
     modules = dict(net.named_modules())
+    find = feature or (lambda _, output: output if isinstance(output, Tensor) else output[0])
     missing = [name for name in names if name not in modules]
     if missing:
         raise ValueError(f"{type(net).__name__} has no module {missing[0]!r} to take features from")
 
     def keep(name: str) -> Any:
         def hook(_: nn.Module, __: Any, output: Any) -> Any:
-            kept = output if isinstance(output, Tensor) else output[0]
-            features[name] = kept
+            features[name] = find(name, output)
             if tail == "whole" or len(features) < len(names):
                 return None
             if tail == "none":
                 raise _EnoughError
             torch.set_grad_enabled(False)
-            return output.detach() if isinstance(output, Tensor) else (kept.detach(), *output[1:])
+            return _detached(output)
 
         return hook
 
@@ -61,3 +65,10 @@ def record(
         torch.set_grad_enabled(grad)
         for handle in handles:
             handle.remove()
+
+
+def _detached(output: Any) -> Any:
+    """One tensor, or several or what else there is in their place, without their graphs."""
+    if isinstance(output, tuple):
+        return tuple(_detached(part) for part in output)
+    return output.detach() if isinstance(output, Tensor) else output

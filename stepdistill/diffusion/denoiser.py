@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -177,7 +178,7 @@ class Denoiser(Branch):
         call = self._call
         self.route(None if taps else call)
         try:
-            with record(self.net, taps, tail) as features:
+            with record(self.net, taps, tail, self.adapter.feature) as features:
                 yield features
         finally:
             self.route(call)
@@ -185,6 +186,8 @@ class Denoiser(Branch):
     def raw(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The network's own output h [B, C, *S], in fp32."""
         cond = cond if self.prompts is None else self.prompts.fill(cond)
+        if self.adapter.embeds_guidance(self.net) and cond.guidance is None:
+            cond = replace(cond, guidance=torch.full_like(t, self.scale))
         scaled = self.fed(self.process.scale_input(x_t, t), cond)
         time = self.process.network_time(t)
         with self.told(t, cond), dropped(self.net, self.dropout):

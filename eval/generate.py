@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils import logging
 from torch import Tensor
 
+from stepdistill.diffusion.saved import absent, quiet
 from stepdistill.run.errors import UserError
 from stepdistill.run.rng import mix
 
@@ -107,9 +106,12 @@ def load_pipeline(
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         raise UserError(f"{path} has no model_index.json, so it is no diffusers pipeline")
     try:
-        with _no_bar():
+        with quiet():
             pipeline = DiffusionPipeline.from_pretrained(
-                str(path), trust_remote_code=trust_remote_code, use_safetensors=True
+                str(path),
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+                **(absent(folder) if folder.is_dir() else {}),
             )
     except (OSError, ValueError, AttributeError, ImportError, KeyError, TypeError) as error:
         if "trust_remote_code" in str(error):
@@ -122,18 +124,6 @@ def load_pipeline(
         where = "" if folder.is_dir() else ", which is no folder here"
         raise UserError(f"cannot load the pipeline {path}{where}: {reason}") from error
     return pipeline.to(device)
-
-
-@contextmanager
-def _no_bar() -> Iterator[None]:
-    """Without diffusers' bar over a pipeline's components; those of downloads stay."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def class_count(pipeline: Any) -> int | None:

@@ -32,6 +32,7 @@ def model_card(
     stock: str | None = None,
     figures: Sequence[Mapping[str, Any]] = (),
     degrade: Mapping[str, Any] | None = None,
+    usage: str | None = None,
 ) -> str:
     """Markdown with a YAML header.
 
@@ -49,6 +50,7 @@ def model_card(
         stock: name of the stock scheduler that walks these grids in its place.
         figures: measured rows, each a mapping from column to value.
         degrade: how the pictures were made small that the model makes large.
+        usage: of a pipeline of diffusers' own class, how it is called, in Python.
     """
     header = {
         "library_name": "diffusers",
@@ -59,15 +61,15 @@ def model_card(
     facts += [("input", _input(degrade))] if degrade else []
     facts += [("steps", _steps(default_steps, grids))]
     facts += [("noise between steps", NOISE_WORDS[noise])] if noise else []
-    facts += [("scheduler", f"{stock}, set to `walks` of model_index.json")] if stock else []
+    set_to = "set to `walks` of model_index.json" if usage is None else "set as below"
+    facts += [("scheduler", f"{stock}, {set_to}")] if stock else []
     parts = [
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
         f"# {title}",
         table(("", ""), facts),
         "## Use",
-        _example(folder, default_steps, classes, small=bool(degrade)),
-        "The folder carries its own pipeline class, which needs torch and diffusers only; "
-        "`trust_remote_code=True` lets diffusers run it.",
+        _fenced(usage) if usage else _example(folder, default_steps, classes, small=bool(degrade)),
+        *([_carried("scheduler" if usage else "pipeline")] if not (usage and stock) else []),
     ]
     if grids:
         parts += ["## Sampling grid", _grid_text(grids)]
@@ -76,6 +78,17 @@ def model_card(
         cells = ([row.get(column, "") for column in columns] for row in figures)
         parts += ["## Figures", table(columns, list(cells))]
     return "\n\n".join([*parts, "## Made by", f"```sh\n{command}\n```"]) + "\n"
+
+
+def _carried(what: str) -> str:
+    return (
+        f"The folder carries its own {what} class, which needs torch and diffusers only; "
+        "`trust_remote_code=True` lets diffusers run it."
+    )
+
+
+def _fenced(code: str) -> str:
+    return f"```python\n{code}```"
 
 
 def _input(degrade: Mapping[str, Any]) -> str:

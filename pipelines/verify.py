@@ -2,7 +2,8 @@
 
 Noise contract: sample i has the generator g_i = torch.Generator("cpu").manual_seed(seed_i). Its
 initial noise is the first torch.randn([C, H, W], generator=g_i); a fresh-noise walk takes one more
-of them for each further step, in order.
+of them for each further step, in order. Stock pipelines that do not hand the generators on to their
+scheduler take the further ones from torch's own generator, seeded with the first seed.
 
 Shapes: B batch, C channels, H W.
 """
@@ -16,11 +17,13 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from stepdistill.diffusion.saved import absent
 from stepdistill.run.errors import CheckFailed, UserError
 
 _STRANGER = """
@@ -33,15 +36,18 @@ from safetensors.torch import save_file
 with open(sys.argv[1], encoding="utf-8") as file:
     task = json.load(file)
 torch.set_num_threads(task["threads"])
-pipe = DiffusionPipeline.from_pretrained(task["folder"], trust_remote_code=True)
+pipe = DiffusionPipeline.from_pretrained(
+    task["folder"], trust_remote_code=True, **dict.fromkeys(task["absent"])
+)
 pipe.set_progress_bar_config(disable=True)
-images, more = {}, {"num_images": len(task["seeds"])}
-if task["low"]:
-    more = {"image": torch.tensor(task["low"])}
+images, call = {}, task["call"]
+if "image" in call:
+    call["image"] = torch.tensor(call["image"])
 for steps in task["steps"]:
+    torch.manual_seed(task["seeds"][0])
     images[str(steps)] = pipe(
-        class_labels=task["labels"],
-        **more,
+        **call,
+        **task["walks"].get(str(steps), {}),
         num_inference_steps=steps,
         generator=[torch.Generator("cpu").manual_seed(seed) for seed in task["seeds"]],
         output_type="pt",
@@ -79,9 +85,21 @@ def draw_folder(
     labels: Sequence[int] | None,
     seeds: Sequence[int],
     low: Tensor | None = None,
+    *,
+    call: Mapping[str, Any] | None = None,
+    walks: Mapping[int, Mapping[str, Any]] | None = None,
 ) -> dict[int, Tensor]:
     """Images [B, C, H, W] in [0, 1] for each number of steps, drawn by a fresh interpreter on CPU;
     of small pictures made large where some are given.
+
+    Args:
+        out: the exported folder.
+        steps: numbers of steps.
+        labels: class labels [B], or None for an unconditional model.
+        seeds: one for each sample [B].
+        low: small pictures [B, C, h, w] in [0, 1] that are made large, or None.
+        call: what a stock pipeline is called with in place of labels, such as prompts.
+        walks: what it is told besides for a number of steps, such as sigmas.
 
     In it stepdistill cannot be imported and the Hub is not asked; its copy of the folder's code is
     kept apart from the user's cache.
@@ -94,10 +112,11 @@ def draw_folder(
         order = {
             "folder": str(out.absolute()),
             "steps": list(steps),
-            "labels": None if labels is None else list(labels),
             "seeds": list(seeds),
-            "low": None if low is None else low.tolist(),
+            "call": dict(call) if call is not None else _call(labels, seeds, low),
+            "walks": {str(n): dict(told) for n, told in (walks or {}).items()},
             "threads": torch.get_num_threads(),
+            "absent": list(absent(out)),
             "images": str(images),
         }
         task.write_text(json.dumps(order), encoding="utf-8")
@@ -116,6 +135,12 @@ def draw_folder(
         return {int(name): tensor for name, tensor in load_file(images).items()}
 
 
+def _call(labels: Sequence[int] | None, seeds: Sequence[int], low: Tensor | None) -> dict[str, Any]:
+    """What our own pipelines are called with."""
+    own: dict[str, Any] = {"class_labels": None if labels is None else list(labels)}
+    return own | ({"num_images": len(seeds)} if low is None else {"image": low.tolist()})
+
+
 def verify_folder(
     out: Path,
     expected: Mapping[int, Tensor],
@@ -123,6 +148,9 @@ def verify_folder(
     seeds: Sequence[int],
     tolerance: float = 1e-5,
     low: Tensor | None = None,
+    *,
+    call: Mapping[str, Any] | None = None,
+    walks: Mapping[int, Mapping[str, Any]] | None = None,
 ) -> float:
     """Reload a folder among strangers and hold its images against the training sampler's.
 
@@ -135,6 +163,8 @@ def verify_folder(
         seeds: one for each sample [B].
         tolerance: largest difference allowed between images in [0, 1].
         low: small pictures [B, C, h, w] in [0, 1] that are made large, or None.
+        call: see :func:`draw_folder`.
+        walks: see :func:`draw_folder`.
 
     Returns:
         The largest difference between any two pixels in [0, 1].
@@ -147,7 +177,7 @@ def verify_folder(
     counts |= set() if labels is None else {len(labels)}
     if len(counts) != 1 or not expected:
         raise UserError(f"verify: samples, labels and seeds differ in number: {sorted(counts)}")
-    drawn = draw_folder(out, list(expected), labels, seeds, low)
+    drawn = draw_folder(out, list(expected), labels, seeds, low, call=call, walks=walks)
     differences: dict[int, float] = {}
     for steps, x in expected.items():
         wanted, got = (x.detach().cpu().float() / 2 + 0.5).clamp(0, 1), drawn[steps].float()

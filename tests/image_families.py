@@ -183,9 +183,7 @@ FAMILIES = {
     "sana-sprint": Family(
         "SanaTransformer2DModel", {**SANA, "guidance_embeds": True}, told=("mask", "guidance")
     ),
-    "flux-schnell": Family(
-        "FluxTransformer2DModel", FLUX, told=("pooled",), usual=(4, 128, 128)
-    ),
+    "flux-schnell": Family("FluxTransformer2DModel", FLUX, told=("pooled",), usual=(4, 128, 128)),
     "flux-dev": Family(
         "FluxTransformer2DModel",
         {**FLUX, "guidance_embeds": True},
@@ -201,9 +199,7 @@ FAMILIES = {
         (16, 4, 6),
         usual=(16, 64, 64),
     ),
-    "qwen-image": Family(
-        "QwenImageTransformer2DModel", QWEN, told=("mask",), usual=(4, 128, 128)
-    ),
+    "qwen-image": Family("QwenImageTransformer2DModel", QWEN, told=("mask",), usual=(4, 128, 128)),
     "auraflow": Family("AuraFlowTransformer2DModel", AURA),
 }
 """By a model's name: one tiny network of each kind of conditions that stock pipelines give."""

@@ -16,12 +16,14 @@ from stepdistill.adapters.cond import Cond
 class Adapter(ABC):
     """The signature of one family of networks.
 
-    ``label_key`` names the entry of a network's config that counts its class labels,
-    ``lora_targets`` the layers that low-rank adapters go to, those of them that a network has; see
+    ``reads_text`` says whether it is told a prompt's embeddings, ``label_key`` names the entry of a
+    network's config that counts its class labels, ``lora_targets`` the layers that low-rank
+    adapters go to, those of them that a network has; see
     :func:`stepdistill.adapters.lora.matches`. ``innate`` holds patterns for the names of the
     parameters that GDD keeps as they are; empty where no rule is known.
     """
 
+    reads_text: ClassVar[bool] = False
     label_key: ClassVar[str | None] = None
     lora_targets: ClassVar[tuple[str, ...]] = ()
     innate: ClassVar[tuple[str, ...]] = ()

@@ -29,6 +29,7 @@ class TextAdapter(Adapter):
     time.
     """
 
+    reads_text = True
     stacks: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
     pairs: ClassVar[tuple[str, ...]] = ()
     embedder: ClassVar[str]

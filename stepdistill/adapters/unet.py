@@ -83,6 +83,7 @@ class TextUNetAdapter(UNetAdapter):
     their training.
     """
 
+    reads_text = True
     lora_targets = (*UNetAdapter.lora_targets, "proj_in", "proj_out", *FEED)
 
     def __call__(self, call: Callable[..., Any], x: Tensor, time: Tensor, cond: Cond) -> Tensor:

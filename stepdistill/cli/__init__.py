@@ -161,6 +161,9 @@ def sample(
         int | None, typer.Option(help="of images; 16, or as many as small", min=1)
     ] = None,
     images: Annotated[Path | None, typer.Option(help="folder of small pictures to enlarge")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="what to draw, in turn (may be repeated)")
+    ] = None,
     seed: Annotated[int, typer.Option(help="seed; image i depends on it and on i alone")] = 0,
     guidance: Annotated[float | None, typer.Option(help="classifier-free guidance")] = None,
     batch_size: Annotated[int, typer.Option(help="images a call", min=1)] = 250,
@@ -179,6 +182,7 @@ def sample(
         steps=steps,
         num=num,
         images=images,
+        prompts=prompt or (),
         seed=seed,
         batch_size=batch_size,
         overwrite=overwrite,

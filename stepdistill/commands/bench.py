@@ -19,13 +19,13 @@ from rich.table import Table
 from stepdistill.commands.bench_pass import bare
 from stepdistill.commands.bench_table import keep
 from stepdistill.commands.bench_turns import turn_costs
+from stepdistill.commands.equip import teacher_of
 from stepdistill.commands.job import job
 from stepdistill.commands.read import read_config
 from stepdistill.commands.train import Source
 from stepdistill.commands.watch import Watch
 from stepdistill.data.images import open_data
 from stepdistill.diffusion.denoiser import Denoiser
-from stepdistill.run.assets import load_teacher
 from stepdistill.run.health import Health
 from stepdistill.run.log import Log, Meter, peak_memory_bytes
 from stepdistill.run.player import Player
@@ -78,7 +78,7 @@ def network_of(settings: TrainConfig) -> Denoiser:
     """What a config's trainer begins with: the teacher, or a fresh network to train."""
     if isinstance(settings, DenoisingConfig):
         return fresh_network(settings, open_data(settings.data).classes)
-    return load_teacher(settings.teacher)
+    return teacher_of(settings)
 
 
 def measure(

@@ -8,10 +8,13 @@ from stepdistill.run.errors import UserError
 
 
 def check_fit(images: ImageSet, teacher: Denoiser) -> None:
-    """Refuse images whose shape or classes are not the network's."""
-    if images.shape != teacher.sample_shape:
+    """Refuse images whose shape, or their latents', or classes are not the network's."""
+    codec = teacher.codec
+    found = images.shape if codec is None else codec.shape(images.shape)
+    if found != teacher.sample_shape:
+        coded = "" if codec is None else f" and their latents {found}"
         raise UserError(
-            f"data.source={images.name}: images are {images.shape}, the network takes "
+            f"data.source={images.name}: images are {images.shape}{coded}, the network takes "
             f"{teacher.sample_shape}; set data.size and data.channels"
         )
     if teacher.classes and not images.classes:

@@ -12,18 +12,20 @@ from torch import Tensor
 
 from stepdistill.adapters import scalars
 from stepdistill.adapters.cond import Cond
+from stepdistill.commands.equip import teacher_of
+from stepdistill.commands.export_text import Told, export_text, only_network, usage
 from stepdistill.commands.read import read_config
 from stepdistill.data.degrade import raised
 from stepdistill.diffusion.denoiser import Denoiser, Experts, Routed
 from stepdistill.diffusion.sampler import sample
-from stepdistill.diffusion.saved import stock_config
+from stepdistill.diffusion.saved import absent, pipeline_folder, stock_config
 from stepdistill.diffusion.timesteps import Grid
 from stepdistill.pipelines.card import model_card
 from stepdistill.pipelines.folder import refuse_taken, write_pipeline
 from stepdistill.pipelines.literal_grid import LiteralGridScheduler
 from stepdistill.pipelines.stock import stock_scheduler
 from stepdistill.pipelines.verify import VerificationError, noise_from_seeds, verify_folder
-from stepdistill.run.assets import load_teacher
+from stepdistill.run.assets import teacher_path
 from stepdistill.run.errors import UserError
 from stepdistill.run.log import read_rows
 from stepdistill.run.player import difference
@@ -31,6 +33,7 @@ from stepdistill.trainers.base import Trainer
 from stepdistill.trainers.trajectory.scales import ScalesConfig
 
 SEEDS = tuple(range(8))
+UNIT = 1e-6  # by how much the deviation of what a stock pipeline begins with may differ from 1
 
 
 def export(
@@ -76,6 +79,23 @@ def export(
         figures = logged_figures(run)
     literal, seen = scheduler_of(trainer, default_steps(trainer, steps)), list[float]()
     scheduler, walk = stock_of(trainer, literal) if stock else (literal, {})
+    if trainer.teacher.prompts is not None:
+        told = told_of(trainer, walk)
+        if stock and abs(literal.init_noise_sigma - 1) > UNIT:
+            raise UserError(
+                f"--stock: stock pipelines of prompts begin with noise of deviation 1, and this "
+                f"student with {literal.init_noise_sigma:.4g}; export without it, and the folder "
+                "carries the scheduler that walks its grid"
+            )
+        return export_text(
+            trainer,
+            scheduler,
+            told,
+            out,
+            card=student_card(trainer, literal, run, out, figures, command, scheduler, told=told),
+            overwrite=overwrite,
+            tolerance=tolerance,
+        )
     write_pipeline(
         out,
         [expert.plain() for expert in members(trainer.best())],
@@ -145,9 +165,16 @@ def student_card(
     figures: Sequence[Mapping[str, Any]],
     command: str,
     scheduler: Any,
+    told: Told | None = None,
 ) -> str:
-    """The model card of a student that ``command`` exports with a scheduler."""
+    """The model card of a student that ``command`` exports with a scheduler; of one that reads
+    prompts, with what a call is told for a number of steps."""
     config, stock = trainer.config, scheduler is not literal
+    steps, use = literal.config.default_steps, None
+    if told is not None:
+        den = only_network(trainer)
+        lacks = absent(pipeline_folder(teacher_path(config.teacher)))
+        use = usage(str(out), den, steps, told.get(steps, {}), own=not stock, lacks=lacks)
     return model_card(
         title=f"{config.method} student of {config.teacher}",
         folder=str(out),
@@ -156,14 +183,21 @@ def student_card(
         data=config.data.source if trainer.needs == "data" else "none (the teacher alone)",
         command=f"stepdistill train {run / 'config.yaml'} run=NEW\n"
         f"{command}{' --stock' if stock else ''}",
-        default_steps=literal.config.default_steps,
-        classes=trainer.teacher.classes or None,
+        default_steps=steps,
+        classes=None if use else trainer.teacher.classes or None,
         grids=literal.config.grids,
         noise=trainer.noise,
         stock=type(scheduler).__name__ if stock else None,
         figures=figures,
         degrade=config.upscaling.get("degrade"),
+        usage=use,
     )
+
+
+def told_of(trainer: Trainer, walk: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+    """What calls of a stock pipeline are told for each number of steps: its scheduler's levels."""
+    kind = "sigmas" if trainer.process.name == "rf" else "timesteps"
+    return {int(n): {kind: list(levels)} for n, levels in walk.get("walks", {}).items()}
 
 
 def logged_figures(run: Path) -> list[dict[str, Any]]:
@@ -191,7 +225,7 @@ def finished(run: Path) -> Trainer:
     config = config.model_copy(
         update={"lora": None, "gradient_checkpointing": False, "student": None}
     )
-    trainer = cls(config, load_teacher(config.teacher))
+    trainer = cls(config, teacher_of(config))
     trainer.prepare(config.steps)
     for name, player in trainer.players.items():
         if name.startswith("student"):

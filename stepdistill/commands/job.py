@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from stepdistill.commands.equip import teacher_of
 from stepdistill.diffusion.denoiser import Denoiser
-from stepdistill.run.assets import load_teacher
 from stepdistill.run.memory import keep_freed_memory
 from stepdistill.run.ranks import Processes
 from stepdistill.run.xformers import enable_xformers
@@ -24,7 +24,7 @@ def job(config: TrainConfig, fresh: Denoiser | None = None) -> Iterator[tuple[Pr
     try:
         if processes.device.type == "cpu":
             keep_freed_memory()
-        teacher = fresh or load_teacher(config.teacher)
+        teacher = fresh or teacher_of(config)
         teacher.to(processes.device)
         if config.xformers:
             enable_xformers(teacher.net, processes.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ def sample(
     steps: int | None,
     num: int | None = None,
     images: Path | None = None,
+    prompts: Sequence[str] = (),
     seed: int = 0,
     batch_size: int = 250,
     overwrite: bool = False,
@@ -38,6 +39,7 @@ def sample(
         steps: as many as the pipeline says by itself, or 4, if left out.
         num: of the images; 16 if left out, or one of each small picture.
         images: a folder of small pictures, which the pipeline makes large.
+        prompts: of a pipeline that reads them, taken in turn.
         seed: of the noise.
         batch_size: images a call.
         overwrite: replace images that are there.
@@ -55,7 +57,14 @@ def sample(
     count = len(small) if small is not None else num or NUM
     steps = steps or pipe.config.get("default_steps") or STEPS
     made = generate(
-        pipe, count, seed=seed, steps=steps, batch_size=batch_size, options=options, images=small
+        pipe,
+        count,
+        seed=seed,
+        steps=steps,
+        prompts=prompts,
+        batch_size=batch_size,
+        options=options,
+        images=small,
     )
     save_images(made, out, overwrite=overwrite)
     save_grid(made[:100], grid, columns=10, overwrite=overwrite)

@@ -121,8 +121,9 @@ class Source:
             workers=c.data.workers,
             device=p.device,
         ) as loader:
+            codec = self.trainer.teacher.codec
             for step, x, label in loader:
-                yield self.trainer.batch(step, x, label)
+                yield self.trainer.batch(step, x if codec is None else codec.encode(x), label)
 
     def _of_pairs(self, start: int) -> Iterator[Batch]:
         t = self.trainer

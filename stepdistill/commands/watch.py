@@ -57,12 +57,13 @@ class Watch:
             names = ", ".join(map(str, known))
             raise UserError(f"eval.steps={steps}: this student samples in {names} steps")
         if self.main and self.config.eval.every_steps:
-            shape = trainer.teacher.sample_shape
+            shape = pictures(trainer, torch.zeros(1, *trainer.teacher.sample_shape)).shape[1:]
             data, c = open_data(self.config.data), self.config.eval
-            if data.shape != shape:
+            if data.shape != tuple(shape):
                 raise UserError(
                     f"eval.every_steps: the images of data.source={self.config.data.source} are "
-                    f"{data.shape}, the student's {shape}; name its own images, or set it to 0"
+                    f"{data.shape}, the student's {tuple(shape)}; name its own images, or set it "
+                    "to 0"
                 )
             features = load_features(c.features, trainer.device, shape=data.shape)
             self._reference = Reference(data, features)
@@ -149,7 +150,7 @@ class Watch:
                 self._teacher_images = many_steps(trainer.teacher, z, cond, steps, c.guidance)
             rows.insert(0, self._teacher_images)
         path = Path(c.run) / "samples" / f"step-{step:07d}.png"
-        images = torch.cat(rows).clamp(-1, 1).cpu()
+        images = pictures(trainer, torch.cat(rows))
         save_grid(images, path, columns=columns, overwrite=True)
 
     def steps(self, trainer: Trainer) -> int:
@@ -165,7 +166,7 @@ class Watch:
             trainer.draw(z[part], cond.rows(part), steps, Rng(self.config.seed), index[part])
             for part in torch.arange(c.num).split(256)
         ]
-        made = torch.cat(images).clamp(-1, 1).cpu()
+        made = torch.cat([pictures(trainer, part) for part in images])
         stats = Stats.of(extract(self._reference.extractor, made))
         distance = frechet_distance(stats, self._reference.stats)
         figures = {f"fd-{c.features}/{steps}": float(distance)}
@@ -184,6 +185,12 @@ def watch_noise(trainer: Trainer, num: int, seed: int) -> tuple[torch.Tensor, Co
         return z, Cond(index % classes if classes else None), index
     x, label = (part.to(trainer.device) for part in shown_pictures(trainer, num))
     return z, Cond(label if classes else None, image=trainer.seen(x, 0, index)), index
+
+
+def pictures(trainer: Trainer, x: torch.Tensor) -> torch.Tensor:
+    """What samples [B, C, *S] look like: pictures in [-1, 1], on the CPU."""
+    codec = trainer.teacher.codec
+    return (x if codec is None else codec.decode(x)).clamp(-1, 1).cpu()
 
 
 def shown_pictures(trainer: Trainer, num: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -56,9 +56,10 @@ def open_data(config: DataConfig) -> ImageSet:
         return open_fashion_mnist(config.path, config.size, config.channels, split=split)
     folder = Path(config.source).expanduser()
     if not folder.is_dir():
-        raise UserError(
-            f"data.source={config.source} is neither digits, fashion-mnist nor an existing folder"
-        )
+        alone = "holds prompts alone, and a folder of images is needed here"
+        known = "is neither digits, fashion-mnist nor an existing folder"
+        prompts = config.source.endswith(".txt")
+        raise UserError(f"data.source={config.source} {alone if prompts else known}")
     return FolderSet(
         folder,
         size=config.size,

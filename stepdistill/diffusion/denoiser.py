@@ -17,12 +17,14 @@ from stepdistill.adapters.cond import Cond
 from stepdistill.adapters.dropout import dropped
 from stepdistill.adapters.taps import Tail, record
 from stepdistill.diffusion.branch import Branch
+from stepdistill.diffusion.codec import Codec
 from stepdistill.diffusion.heads import HEADS, Head
 from stepdistill.diffusion.process import Coefs, Process
 from stepdistill.diffusion.prompts import Prompts
 from stepdistill.diffusion.saved import (
     pipeline_folder,
     read_classes,
+    read_codec,
     read_index,
     read_network,
     read_scheduler,
@@ -97,6 +99,7 @@ class Denoiser(Branch):
         null_label: the label that means "no class", if the network was trained with one.
         degrade: how the pictures were made small that it has learnt to make large, if known.
         prompts: what its labels stand for, of a network that reads text; in the classes' place.
+        codec: between pictures and what it denoises, of a model of latents.
     """
 
     def __init__(
@@ -110,6 +113,7 @@ class Denoiser(Branch):
         null_label: int | None = None,
         degrade: Mapping[str, Any] | None = None,
         prompts: Prompts | None = None,
+        codec: Codec | None = None,
     ) -> None:
         super().__init__()
         self.net = net.eval()
@@ -119,6 +123,7 @@ class Denoiser(Branch):
         self.classes = tuple(classes)
         self.null_label = null_label
         self.degrade = degrade
+        self.codec = codec
         self.read(prompts)
 
     def read(self, prompts: Prompts | None) -> None:
@@ -290,6 +295,7 @@ class Denoiser(Branch):
             classes=read_classes(index, rows, null),
             null_label=null,
             degrade=index.get("degrade"),
+            codec=read_codec(folder, index),
         )
 
 

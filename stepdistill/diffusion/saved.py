@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from stepdistill.diffusion.codec import Codec
 from stepdistill.diffusion.heads import Head
 from stepdistill.diffusion.process import EDM, RF, VP, Process
 
@@ -42,6 +46,89 @@ def read_network(folder: Path, key: str, class_name: str, dtype: torch.dtype) ->
     return net
 
 
+def read_codec(folder: Path, index: dict[str, Any]) -> Codec | None:
+    """The autoencoder of a pipeline's folder, in fp32; None for a model of pixels.
+
+    Raises:
+        ValueError: diffusers has no such class, or its latents' scale is not known.
+    """
+    entry = index.get("vae") or [None, None]
+    return Codec(read_network(folder, "vae", entry[1], torch.float32)) if entry[1] else None
+
+
+def read_parts(folder: Path, key: str, net: nn.Module) -> Any:
+    """A pipeline with its text encoders around a network that is there, without its autoencoder
+    and scheduler; no code that lies in the folder is run.
+
+    Raises:
+        ValueError: a part that diffusers or transformers does not have, or that cannot be loaded.
+    """
+    import diffusers
+    import transformers
+
+    libraries = {"diffusers": diffusers, "transformers": transformers}
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    cls = getattr(diffusers, index["_class_name"], None)
+    if cls is None:
+        raise ValueError(f"{folder}: diffusers has no pipeline {index['_class_name']}")
+    parts: dict[str, Any] = {}
+    for name in inspect.signature(cls.__init__).parameters:
+        entry = index.get(name)
+        if not isinstance(entry, list):
+            parts |= {name: entry} if name in index else {}
+        elif name in (key, "vae", "scheduler") or not entry[1]:
+            parts[name] = net if name == key else None
+        else:
+            made = getattr(libraries.get(entry[0]), entry[1], None)
+            if made is None:
+                raise ValueError(f"{folder}: its {name} is a {'.'.join(entry)}, not known here")
+            parts[name] = _loaded(made, folder, name)
+    return cls(**parts)
+
+
+def _loaded(cls: Any, folder: Path, name: str) -> Any:
+    """A part of a pipeline, in fp32 if it has weights.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
+    try:
+        with quiet():
+            part = cls.from_pretrained(folder / name)
+    except (OSError, ValueError, TypeError, ImportError, KeyError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{folder}: its {name} cannot be loaded: {first}") from error
+    return part.float() if isinstance(part, nn.Module) else part
+
+
+def absent(folder: Path) -> dict[str, None]:
+    """Parts that a pipeline was saved without and that its class must be told so of, by name."""
+    import diffusers
+
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    cls = getattr(diffusers, index.get("_class_name", ""), None)
+    optional = getattr(cls, "_optional_components", [])
+    return {name: None for name, v in index.items() if v == [None, None] and name not in optional}
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the bars over a pipeline's components; those of downloads stay."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    both = (of_diffusers, of_transformers)
+    shown = [of_diffusers.is_progress_bar_enabled(), of_transformers.is_progress_bar_enabled()]
+    for one in both:
+        one.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for one, was in zip(both, shown, strict=True):
+            if was:
+                one.enable_progress_bar()
+
+
 def read_index(file: Path) -> tuple[dict[str, Any], str]:
     """A pipeline's model_index.json, and the key of its network.
 
@@ -52,9 +139,8 @@ def read_index(file: Path) -> tuple[dict[str, Any], str]:
         raise ValueError(f"{file.parent}: no model_index.json, so this is no diffusers pipeline")
     index = json.loads(file.read_text(encoding="utf-8"))
     held = {k for k, v in index.items() if isinstance(v, list) and len(v) == 2 and v[1]}
-    vae = next((k for k in ("vae", "vqvae") if k in held), None)
-    if vae is not None:
-        raise ValueError(f"{file}: a latent model ({vae}); only models of pixels are known so far")
+    if "vqvae" in held:
+        raise ValueError(f"{file}: a model of quantised latents (vqvae), which is not known here")
     key = next((k for k in NETWORK_KEYS if k in held), None)
     if key is None:
         raise ValueError(f"{file}: names none of the networks {', '.join(NETWORK_KEYS)}")

@@ -1,0 +1,67 @@
+"""What a teacher's own pipeline holds beside its network: embeddings of the prompts of a set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from stepdistill.data.images import DataConfig, open_data
+from stepdistill.diffusion.denoiser import Denoiser
+from stepdistill.diffusion.saved import pipeline_folder, read_index, read_parts
+from stepdistill.diffusion.text import encode_prompts
+from stepdistill.run.assets import load_teacher, teacher_path
+from stepdistill.run.errors import UserError
+from stepdistill.trainers.settings import TrainConfig
+
+
+def teacher_of(config: TrainConfig) -> Denoiser:
+    """The frozen teacher of a config; one that reads text knows the captions of its data.
+
+    Raises:
+        UserError: it cannot be found or understood, or there are no captions for it.
+    """
+    teacher = load_teacher(config.teacher)
+    if not teacher.adapter.reads_text:
+        return teacher
+    captions, folder = captions_of(config.data), pipeline_folder(teacher_path(config.teacher))
+    try:
+        _, key = read_index(folder / "model_index.json")
+        teacher.read(encode_prompts(read_parts(folder, key, teacher.net), captions))
+    except ValueError as error:
+        raise UserError(f"teacher={config.teacher}: {error}") from error
+    return teacher
+
+
+def captions_of(data: DataConfig) -> tuple[str, ...]:
+    """The captions of a set of pictures, or the lines of a file of prompts, each once.
+
+    Raises:
+        UserError: there are none.
+    """
+    if (lines := prompts_in(data.source)) is not None:
+        return lines
+    captions = open_data(data).classes
+    if not captions:
+        raise UserError(
+            f"data.source={data.source} has no captions, and the teacher reads prompts; give the "
+            "folder a metadata.jsonl of file_name and text, or name a .txt file of prompts, one a "
+            "line"
+        )
+    return captions
+
+
+def prompts_in(source: str) -> tuple[str, ...] | None:
+    """The prompts of a text file, each once; None where a source is none.
+
+    Raises:
+        UserError: it cannot be read, or holds none.
+    """
+    if not source.endswith(".txt"):
+        return None
+    try:
+        text = Path(source).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data.source={source}: cannot be read: {error}") from error
+    lines = tuple(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
+    if not lines:
+        raise UserError(f"data.source={source}: holds no prompts; write one a line")
+    return lines

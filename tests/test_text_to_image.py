@@ -1,0 +1,223 @@
+"""Text-to-image models: from a pipeline's folder and captioned pictures to a student that loads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from stepdistill.adapters.cond import Cond
+from stepdistill.commands.equip import captions_of, teacher_of
+from stepdistill.commands.export import export, finished
+from stepdistill.commands.read import read_config
+from stepdistill.commands.sample import sample as draw
+from stepdistill.commands.train import train
+from stepdistill.data.images import DataConfig, open_data
+from stepdistill.diffusion.codec import Codec
+from stepdistill.diffusion.denoiser import Denoiser
+from stepdistill.diffusion.guidance import guided
+from stepdistill.diffusion.process import RF
+from stepdistill.diffusion.sampler import sample
+from stepdistill.diffusion.saved import absent
+from stepdistill.diffusion.text import encode_prompts, joined
+from stepdistill.eval.images import load_images
+from stepdistill.run.errors import UserError
+from tests.text_models import bar_off, noise, stable_diffusion, stable_diffusion_3
+
+CAPTIONS = ("a cat", "a dog", "a red hat")
+QUICK = ["steps=3", "batch_size=4", "log.tensorboard=false", "device=cpu", "optim.warmup_steps=0"]
+QUICK += ["eval.every_steps=3", "eval.num=64", "eval.features=pixels"]
+QUICK += ["sample.every_steps=3", "sample.num=4", "sample.teacher_steps=2"]
+TRUSTED: dict = {"trust_remote_code": True}
+LABEL = Cond(torch.tensor([0]))
+MADE = {"sd": stable_diffusion, "sd3": stable_diffusion_3}
+both = pytest.mark.parametrize("name", MADE)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """Both pipelines, and twelve captioned pictures of 16 by 16 pixels."""
+    folder = tmp_path_factory.mktemp("text")
+    for name, make in MADE.items():
+        make().save_pretrained(folder / name)
+    pictures = folder / "pictures"
+    pictures.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    with (pictures / "metadata.jsonl").open("w") as table:
+        for k in range(12):
+            pixels = (torch.rand(16, 16, 3, generator=generator) * 255).byte().numpy()
+            Image.fromarray(pixels).save(pictures / f"{k}.png")
+            table.write(json.dumps({"file_name": f"{k}.png", "text": CAPTIONS[k % 3]}) + "\n")
+    (folder / "prompts.txt").write_text("a cat\n\na dog\na cat\na red hat\n")
+    return folder
+
+
+def keys_of(world: Path, name: str, *more: str) -> list[str]:
+    return [f"teacher={world / name}", f"data.source={world / 'pictures'}", *QUICK, *more]
+
+
+# The teacher --------------------------------------------------------------------------------------
+
+
+@both
+def test_embeddings_are_the_pipeline_s_own(name) -> None:
+    pipe = MADE[name]()
+    prompts = encode_prompts(pipe, CAPTIONS, batch_size=2)
+    found = pipe.encode_prompt(
+        **{"prompt": "a dog", "device": "cpu", "num_images_per_prompt": 1},
+        **({"prompt_2": "a dog", "prompt_3": "a dog"} if name == "sd3" else {}),
+        do_classifier_free_guidance=True,
+    )
+    text, none = found[0], found[1]
+    assert prompts.captions == CAPTIONS and prompts.rows.text is not None
+    torch.testing.assert_close(prompts.rows.text[1], text[0], atol=1e-6, rtol=0)
+    torch.testing.assert_close(prompts.rows.text[prompts.null], none[0], atol=1e-6, rtol=0)
+    if name == "sd3":
+        torch.testing.assert_close(prompts.rows.pooled[1], found[2][0], atol=1e-6, rtol=0)
+        torch.testing.assert_close(prompts.rows.pooled[3], found[3][0], atol=1e-6, rtol=0)
+
+
+@both
+def test_the_teacher_draws_what_its_pipeline_does_under_guidance(name, world) -> None:
+    """Labels are prompts, latents are scaled as the pipeline's, guidance is by no prompt."""
+    pipe = bar_off(DiffusionPipeline.from_pretrained(world / name, **absent(world / name)))
+    config = read_config("consistency-digits", keys_of(world, name, "run=r"))[1]
+    den = teacher_of(config)
+    assert den.classes == CAPTIONS and den.null_label == 3 and den.codec is not None
+    z = noise(1, (2, 4, 8, 8))
+    made = pipe(
+        ["a dog", "a cat"],
+        latents=z,
+        num_inference_steps=1,
+        guidance_scale=3.0,
+        output_type="pt",
+    ).images
+    pipe.scheduler.set_timesteps(1)
+    time = float(pipe.scheduler.timesteps[0])
+    t = torch.full((2,), (time + 1) / 1000 if name == "sd" else time / 1000)
+    with torch.no_grad():
+        pred = guided(den, z, t, Cond(torch.tensor([1, 0])), 3.0)
+    mine = (den.codec.decode(pred.x) / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(mine, made, atol=2e-5, rtol=0)
+
+
+@both
+def test_pictures_come_back_from_their_latents_as_the_autoencoder_gives_them(name) -> None:
+    pipe = MADE[name]()
+    den = Denoiser(pipe.unet if name == "sd" else pipe.transformer, RF(), "velocity")
+    codec = Codec(pipe.vae)
+    x = noise(0, (2, 3, 16, 16)).tanh()
+    latents = codec.encode(x)
+    assert latents.shape[1:] == den.sample_shape == codec.shape((3, 16, 16))
+    with torch.no_grad():
+        raw = pipe.vae.encode(x).latent_dist.mode()
+        back = pipe.vae.decode(raw).sample
+    torch.testing.assert_close(codec.decode(latents), back, atol=1e-5, rtol=0)
+
+
+def test_joined_rows_are_filled_up_where_a_mask_shows_it() -> None:
+    short, long = (Cond(text=torch.ones(1, k, 2), mask=torch.ones(1, k)) for k in (2, 3))
+    both_rows = joined([short, long])
+    assert both_rows.mask.tolist() == [[1, 1, 0], [1, 1, 1]]
+    with pytest.raises(ValueError, match="embeddings of several lengths, and no mask"):
+        joined([Cond(text=short.text), Cond(text=long.text)])
+
+
+# Captions -----------------------------------------------------------------------------------------
+
+
+def test_captions_of_pictures_and_of_a_file(world, tmp_path) -> None:
+    assert captions_of(DataConfig(source=str(world / "pictures"))) == CAPTIONS
+    assert captions_of(DataConfig(source=str(world / "prompts.txt"))) == CAPTIONS
+    (tmp_path / "empty.txt").write_text("\n \n")
+    for source, line in (
+        (tmp_path / "empty.txt", "holds no prompts; write one a line"),
+        (tmp_path / "none.txt", "cannot be read"),
+    ):
+        with pytest.raises(UserError, match=line):
+            captions_of(DataConfig(source=str(source)))
+    with pytest.raises(
+        UserError, match="prompts.txt holds prompts alone, and a folder of images is"
+    ):
+        open_data(DataConfig(source=str(world / "prompts.txt")))
+    loose = tmp_path / "loose"
+    loose.mkdir()
+    Image.new("RGB", (16, 16)).save(loose / "0.png")
+    keys = keys_of(world, "sd", f"run={tmp_path / 'r'}", f"data.source={loose}")
+    with pytest.raises(UserError, match="has no captions, and the teacher reads prompts"):
+        train("dmd2-digits", keys)
+
+
+# Training and export ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def students(world) -> dict[str, Path]:
+    """Runs: on pictures, on prompts alone under guidance, on pairs, and an adapter."""
+    prompts = f"data.source={world / 'prompts.txt'}"
+    blind = [prompts, "eval.every_steps=0", "guidance=3"]
+    runs = {
+        "sd-consistency": ("consistency-digits", "sd", ["guidance=3"]),
+        "sd-dmd2": ("dmd2-digits", "sd", ["student_steps=2", "adversary=null", *blind]),
+        "sd3-sid": ("sid-digits", "sd3", blind),
+        "sd3-reflow": ("reflow-digits", "sd3", ["pairs.num=8", "pairs.steps=2", *blind]),
+        "sd3-lora": ("consistency-digits", "sd3", ["lora={rank: 2}"]),
+    }
+    return {
+        name: train(config, keys_of(world, teacher, f"run={world / name}", *more))
+        for name, (config, teacher, more) in runs.items()
+    }
+
+
+def test_runs_write_pictures_and_figures_of_pixels(students) -> None:
+    log = (students["sd-consistency"] / "log.jsonl").read_text()
+    assert '"fd-pixels/1"' in log
+    with Image.open(students["sd-consistency"] / "samples" / "step-0000003.png") as grid:
+        assert grid.size[0] >= 16 and grid.mode == "RGB"
+    assert '"fd-pixels' not in (students["sd3-sid"] / "log.jsonl").read_text()
+
+
+@pytest.mark.parametrize("name", ["sd-consistency", "sd-dmd2", "sd3-sid", "sd3-reflow", "sd3-lora"])
+def test_students_are_the_teacher_s_own_pipeline_in_fewer_steps(name, students, tmp_path) -> None:
+    """In a clean interpreter, from prompts to pictures, on every grid; fresh noise too."""
+    out = tmp_path / "out"
+    assert export(students[name], out) < 1e-5
+    pipe = bar_off(DiffusionPipeline.from_pretrained(out, trust_remote_code=True, **absent(out)))
+    assert type(pipe) is type(MADE[name.partition("-")[0]]())
+    steps = max(finished(students[name]).grids())
+    made = pipe("a red hat", num_inference_steps=steps, guidance_scale=1.0, output_type="pt").images
+    assert made.shape == (1, 3, 16, 16) and bool(made.isfinite().all())
+    card = (out / "README.md").read_text()
+    assert 'pipe("a cat", num_inference_steps=' in card and "guidance_scale=1).images" in card
+    draw(str(out), tmp_path / "drawn", steps=steps, num=3, prompts=CAPTIONS, **TRUSTED)
+    assert load_images(tmp_path / "drawn").shape == (3, 3, 16, 16)
+
+
+def test_flows_go_to_stock_schedulers_and_others_are_told_why_not(students, tmp_path) -> None:
+    assert export(students["sd3-reflow"], tmp_path / "stock", stock=True) < 1e-5
+    card = (tmp_path / "stock" / "README.md").read_text()
+    assert "sigmas=[" in card and "trust_remote_code" not in card
+    pipe = bar_off(
+        DiffusionPipeline.from_pretrained(tmp_path / "stock", **absent(tmp_path / "stock"))
+    )
+    pipe("a cat", num_inference_steps=2, guidance_scale=1.0, sigmas=[1.0, 0.75])
+    with pytest.raises(UserError, match="--stock: stock pipelines of prompts begin with noise"):
+        export(students["sd-consistency"], tmp_path / "no", stock=True)
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_student_that_is_told_more_is_refused(world, tmp_path) -> None:
+    run = train("lcm-digits", keys_of(world, "sd", f"run={tmp_path / 'run'}"))
+    with pytest.raises(UserError, match="a stock pipeline tells a network its time alone"):
+        export(run, tmp_path / "out")
+
+
+def test_an_exported_flow_is_the_teacher_of_the_next_round(students, world, tmp_path) -> None:
+    export(students["sd3-reflow"], tmp_path / "flow")
+    keys = keys_of(world, "sd3", f"teacher={tmp_path / 'flow'}", "pairs.num=8", "pairs.steps=2")
+    run = train("kd-digits", [*keys, f"run={tmp_path / 'second'}", "eval.every_steps=0"])
+    assert sample(finished(run).best(), noise(2, (1, 4, 8, 8)), (1.0, 0.0), LABEL).isfinite().all()

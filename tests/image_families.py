@@ -120,7 +120,7 @@ class Family:
 
     kind: str
     config: dict[str, Any]
-    shape: tuple[int, ...] = (4, 8, 8)
+    shape: tuple[int, ...] = (4, 8, 12)
     told: tuple[str, ...] = ()
     head: str = "velocity"
     usual: tuple[int, ...] | None = None
@@ -156,11 +156,13 @@ class Family:
 
 
 def stir(net: nn.Module) -> None:
-    """Give parameters that begin as zeros, and norms' scales, other values, by torch's draws."""
+    """Give parameters that begin as one number other values, and matrices larger ones."""
     with torch.no_grad():
         for param in net.parameters():
-            if float(param.std() if param.numel() > 1 else param.abs()) < 1e-6:
+            if float((param - param.mean()).abs().max()) < 1e-6:
                 param.add_(0.2 * torch.randn(param.shape))
+            elif param.dim() == 2:
+                param.mul_(2)
 
 
 FAMILIES = {
@@ -183,9 +185,7 @@ FAMILIES = {
     "sana-sprint": Family(
         "SanaTransformer2DModel", {**SANA, "guidance_embeds": True}, told=("mask", "guidance")
     ),
-    "flux-schnell": Family(
-        "FluxTransformer2DModel", FLUX, told=("pooled",), usual=(4, 128, 128)
-    ),
+    "flux-schnell": Family("FluxTransformer2DModel", FLUX, told=("pooled",), usual=(4, 128, 128)),
     "flux-dev": Family(
         "FluxTransformer2DModel",
         {**FLUX, "guidance_embeds": True},
@@ -201,9 +201,7 @@ FAMILIES = {
         (16, 4, 6),
         usual=(16, 64, 64),
     ),
-    "qwen-image": Family(
-        "QwenImageTransformer2DModel", QWEN, told=("mask",), usual=(4, 128, 128)
-    ),
+    "qwen-image": Family("QwenImageTransformer2DModel", QWEN, told=("mask",), usual=(4, 128, 128)),
     "auraflow": Family("AuraFlowTransformer2DModel", AURA),
 }
 """By a model's name: one tiny network of each kind of conditions that stock pipelines give."""

@@ -120,7 +120,7 @@ class Family:
 
     kind: str
     config: dict[str, Any]
-    shape: tuple[int, ...] = (4, 8, 8)
+    shape: tuple[int, ...] = (4, 8, 12)
     told: tuple[str, ...] = ()
     head: str = "velocity"
     usual: tuple[int, ...] | None = None
@@ -156,11 +156,13 @@ class Family:
 
 
 def stir(net: nn.Module) -> None:
-    """Give parameters that begin as zeros, and norms' scales, other values, by torch's draws."""
+    """Give parameters that begin as one number other values, and matrices larger ones."""
     with torch.no_grad():
         for param in net.parameters():
-            if float(param.std() if param.numel() > 1 else param.abs()) < 1e-6:
+            if float((param - param.mean()).abs().max()) < 1e-6:
                 param.add_(0.2 * torch.randn(param.shape))
+            elif param.dim() == 2:
+                param.mul_(2)
 
 
 FAMILIES = {

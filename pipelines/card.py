@@ -52,10 +52,8 @@ def model_card(
         degrade: how the pictures were made small that the model makes large.
         usage: of a pipeline of diffusers' own class, how it is called, in Python.
     """
-    header = {
-        "library_name": "diffusers",
-        "tags": ["stepdistill", "diffusers", "image-generation", method],
-    }
+    tags = ["stepdistill", "diffusers", "image-generation", method]
+    header = {"library_name": "diffusers", "tags": tags}
     facts = [("teacher", teacher), ("method", method), ("data", data)]
     facts += [("classes", ", ".join(classes))] if classes else []
     facts += [("input", _input(degrade))] if degrade else []

@@ -77,8 +77,8 @@ def test_classes_of_a_stock_unet(tmp_path, config, index, classes, null) -> None
 @pytest.mark.parametrize(
     ("index", "message"),
     [
-        ({"vae": ["diffusers", "AutoencoderKL"]}, r"a latent model \(vae\)"),
-        ({"vqvae": ["diffusers", "VQModel"]}, r"a latent model \(vqvae\)"),
+        ({"vae": ["diffusers", "Autoencoder0"]}, "no network class Autoencoder0"),
+        ({"vqvae": ["diffusers", "VQModel"]}, r"a model of quantised latents \(vqvae\)"),
         ({"unet_2": ["diffusers", "UNet2DModel"]}, r"several networks \(unet, unet_2\)"),
         ({"scheduler": "left out"}, "names no scheduler"),
         ({"scheduler": [None, None]}, "names no scheduler"),

@@ -465,7 +465,7 @@ def test_a_written_folder_draws_the_same_where_only_diffusers_is(tmp_path):
 
 def test_verification_tells_what_is_wrong(tmp_path, monkeypatch):
     drawn = {1: torch.full((2, *SHAPE), 0.5), 4: torch.full((2, *SHAPE), 0.5)}
-    monkeypatch.setattr("stepdistill.pipelines.verify.draw_folder", lambda *args: drawn)
+    monkeypatch.setattr("stepdistill.pipelines.verify.draw_folder", lambda *args, **keys: drawn)
     expected = {1: torch.zeros(2, *SHAPE), 4: torch.full((2, *SHAPE), 0.2)}
     with pytest.raises(VerificationError, match=r"1 steps: 0, 4 steps: 0\.1 \(allowed 1e-05\)"):
         verify_folder(tmp_path, expected, None, [1, 2])

@@ -13,7 +13,7 @@ from torch import Tensor
 from stepdistill.adapters import scalars
 from stepdistill.adapters.cond import Cond
 from stepdistill.commands.equip import teacher_of
-from stepdistill.commands.export_text import Told, export_text, only_network, usage
+from stepdistill.commands.export_text import export_text, only_network, usage
 from stepdistill.commands.read import read_config
 from stepdistill.data.degrade import raised
 from stepdistill.diffusion.denoiser import Denoiser, Experts, Routed
@@ -79,23 +79,11 @@ def export(
         figures = logged_figures(run)
     literal, seen = scheduler_of(trainer, default_steps(trainer, steps)), list[float]()
     scheduler, walk = stock_of(trainer, literal) if stock else (literal, {})
+    card = student_card(trainer, literal, run, out, figures, command, scheduler, walk)
     if trainer.teacher.prompts is not None:
         told = told_of(trainer, walk)
-        if stock and abs(literal.init_noise_sigma - 1) > UNIT:
-            raise UserError(
-                f"--stock: stock pipelines of prompts begin with noise of deviation 1, and this "
-                f"student with {literal.init_noise_sigma:.4g}; export without it, and the folder "
-                "carries the scheduler that walks its grid"
-            )
-        return export_text(
-            trainer,
-            scheduler,
-            told,
-            out,
-            card=student_card(trainer, literal, run, out, figures, command, scheduler, told=told),
-            overwrite=overwrite,
-            tolerance=tolerance,
-        )
+        keys: dict[str, Any] = {"overwrite": overwrite, "tolerance": tolerance}
+        return export_text(trainer, scheduler, told, out, card=card, **keys)
     write_pipeline(
         out,
         [expert.plain() for expert in members(trainer.best())],
@@ -104,7 +92,7 @@ def export(
         null_label=trainer.teacher.null_label,
         default_steps=literal.config.default_steps,
         default_guidance=members(trainer.best())[0].scale,
-        card=student_card(trainer, literal, run, out, figures, command, scheduler),
+        card=card,
         dtype=None,
         overwrite=overwrite,
         check=lambda folder: seen.append(proven(trainer, folder, out, tolerance)),
@@ -133,6 +121,12 @@ def stock_of(trainer: Trainer, literal: LiteralGridScheduler) -> tuple[Any, dict
         UserError: diffusers has none.
     """
     den, *others = members(trainer.best())
+    if den.prompts is not None and abs(literal.init_noise_sigma - 1) > UNIT:
+        raise UserError(
+            "--stock: stock pipelines of prompts begin with noise of deviation 1, and this student "
+            f"with {literal.init_noise_sigma:.4g}; export without it, and the folder carries the "
+            "scheduler that walks its grid"
+        )
     try:
         if others:
             raise ValueError("none takes one network of several")
@@ -165,14 +159,13 @@ def student_card(
     figures: Sequence[Mapping[str, Any]],
     command: str,
     scheduler: Any,
-    told: Told | None = None,
+    walk: Mapping[str, Any],
 ) -> str:
-    """The model card of a student that ``command`` exports with a scheduler; of one that reads
-    prompts, with what a call is told for a number of steps."""
+    """The model card of a student that ``command`` exports with a scheduler and its walks."""
     config, stock = trainer.config, scheduler is not literal
     steps, use = literal.config.default_steps, None
-    if told is not None:
-        den = only_network(trainer)
+    if trainer.teacher.prompts is not None:
+        den, told = only_network(trainer), told_of(trainer, walk)
         lacks = absent(pipeline_folder(teacher_path(config.teacher)))
         use = usage(str(out), den, steps, told.get(steps, {}), own=not stock, lacks=lacks)
     return model_card(

@@ -106,8 +106,10 @@ def absent(folder: Path) -> dict[str, None]:
     import diffusers
 
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    cls = getattr(diffusers, index.get("_class_name", ""), None)
+    cls = getattr(diffusers, str(index.get("_class_name")), None)  # one of its own is a list
     optional = getattr(cls, "_optional_components", [])
+    if cls is None:
+        return {}
     return {name: None for name, v in index.items() if v == [None, None] and name not in optional}
 
 

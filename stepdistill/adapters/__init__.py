@@ -22,6 +22,9 @@ ADAPTERS = {
     "QwenImageTransformer2DModel": "packed:QwenImageAdapter",
     "SanaTransformer2DModel": "sana:SanaAdapter",
     "VectorMLP": "mlp:MLPAdapter",
+    "Lumina2Transformer2DModel": "reversed:Lumina2Adapter",
+    "ZImageTransformer2DModel": "reversed:ZImageAdapter",
+    "HiDreamImageTransformer2DModel": "reversed:HiDreamAdapter",
 }
 """Network class name -> "file:class" of its adapter in this folder."""
 

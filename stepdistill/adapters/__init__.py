@@ -25,6 +25,9 @@ ADAPTERS = {
     "Lumina2Transformer2DModel": "reversed:Lumina2Adapter",
     "ZImageTransformer2DModel": "reversed:ZImageAdapter",
     "HiDreamImageTransformer2DModel": "reversed:HiDreamAdapter",
+    "WanTransformer3DModel": "video:WanAdapter",
+    "LTXVideoTransformer3DModel": "video:LTXAdapter",
+    "HunyuanVideoTransformer3DModel": "video:HunyuanVideoAdapter",
 }
 """Network class name -> "file:class" of its adapter in this folder."""
 

@@ -28,6 +28,7 @@ ADAPTERS = {
     "WanTransformer3DModel": "video:WanAdapter",
     "LTXVideoTransformer3DModel": "video:LTXAdapter",
     "HunyuanVideoTransformer3DModel": "video:HunyuanVideoAdapter",
+    "CogVideoXTransformer3DModel": "cogvideox:CogVideoXAdapter",
 }
 """Network class name -> "file:class" of its adapter in this folder."""
 

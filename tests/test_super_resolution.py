@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline, DiTTransformer2DModel, UNet2DModel
 from PIL import Image
 from torch import Tensor, nn
 
+from stepdistill.adapters.base import Adapter
 from stepdistill.adapters.cond import Cond
 from stepdistill.commands.evaluate import evaluate, open_reference
 from stepdistill.commands.export import export
@@ -241,11 +242,9 @@ class Known(nn.Module):
         return mean + spread(self.gains[1] * quarter * off) + low
 
 
-class Adapter:
-    label_key = None
-
-    def __call__(self, call, x, time, label):
-        return call(x, time, label)
+class KnownAdapter(Adapter):
+    def __call__(self, call, x, time, cond):
+        return call(x, time, cond)
 
     def beside(self, net):
         return 1
@@ -253,12 +252,9 @@ class Adapter:
     def sample_shape(self, net):
         return (1, 4, 4)
 
-    def numbers(self, net):
-        return ()
-
 
 def known(small: int) -> Denoiser:
-    return Denoiser(Known(small), RF(), "x0", adapter=Adapter())  # type: ignore[arg-type]
+    return Denoiser(Known(small), RF(), "x0", adapter=KnownAdapter())
 
 
 def test_the_student_s_best_is_the_mean_of_what_it_sees_with_a_calmer_target() -> None:

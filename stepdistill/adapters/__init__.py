@@ -22,6 +22,13 @@ ADAPTERS = {
     "QwenImageTransformer2DModel": "packed:QwenImageAdapter",
     "SanaTransformer2DModel": "sana:SanaAdapter",
     "VectorMLP": "mlp:MLPAdapter",
+    "Lumina2Transformer2DModel": "reversed:Lumina2Adapter",
+    "ZImageTransformer2DModel": "reversed:ZImageAdapter",
+    "HiDreamImageTransformer2DModel": "reversed:HiDreamAdapter",
+    "WanTransformer3DModel": "video:WanAdapter",
+    "LTXVideoTransformer3DModel": "video:LTXAdapter",
+    "HunyuanVideoTransformer3DModel": "video:HunyuanVideoAdapter",
+    "CogVideoXTransformer3DModel": "cogvideox:CogVideoXAdapter",
 }
 """Network class name -> "file:class" of its adapter in this folder."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from stepdistill.adapters.base import Adapter, spaced
@@ -94,3 +95,10 @@ def given(net: Any, cond: Cond, name: str, words: str | None = None) -> Tensor:
             f"{type(net).__name__}: every sample needs {words or WORDS[name]} (cond.{name})"
         )
     return value
+
+
+def tokens_mask(cond: Cond, text: Tensor) -> Tensor:
+    """1 where a prompt's embeddings [B, L, D] are of tokens: [B, L], int64."""
+    if cond.mask is None:
+        return torch.ones(text.shape[:2], device=text.device, dtype=torch.long)
+    return cond.mask.long()

@@ -77,27 +77,47 @@ def export(
         command += f" --merge {merge} --share {share:g}"
     elif not figures:
         figures = logged_figures(run)
-    literal, seen = scheduler_of(trainer, default_steps(trainer, steps)), list[float]()
+    if trainer.teacher.codec is not None and trainer.teacher.prompts is None:
+        raise UserError(
+            f"{run}: a student of latents by class labels; exports of latents are of pipelines that "
+            "read prompts so far"
+        )
+    literal = scheduler_of(trainer, default_steps(trainer, steps))
     scheduler, walk = stock_of(trainer, literal) if stock else (literal, {})
     card = student_card(trainer, literal, run, out, figures, command, scheduler, walk)
+    keys: dict[str, Any] = {"card": card, "overwrite": overwrite, "tolerance": tolerance}
     if trainer.teacher.prompts is not None:
-        told = told_of(trainer, walk)
-        keys: dict[str, Any] = {"overwrite": overwrite, "tolerance": tolerance}
-        return export_text(trainer, scheduler, told, out, card=card, **keys)
+        return export_text(trainer, scheduler, told_of(trainer, walk), out, **keys)
+    return write(trainer, scheduler, walk, out, default=literal.config.default_steps, **keys)
+
+
+def write(
+    trainer: Trainer,
+    scheduler: Any,
+    walk: Mapping[str, Any],
+    out: Path,
+    *,
+    default: int,
+    card: str,
+    overwrite: bool,
+    tolerance: float,
+) -> float:
+    """Write our own pipeline's folder, and return the largest difference seen; see above."""
+    seen = list[float]()
     write_pipeline(
         out,
         [expert.plain() for expert in members(trainer.best())],
         scheduler,
         classes=trainer.teacher.classes or None,
         null_label=trainer.teacher.null_label,
-        default_steps=literal.config.default_steps,
+        default_steps=default,
         default_guidance=members(trainer.best())[0].scale,
         card=card,
         dtype=None,
         overwrite=overwrite,
         check=lambda folder: seen.append(proven(trainer, folder, out, tolerance)),
         extra=scalars.held(members(trainer.best())[0].net),
-        settings=settings_of(trainer) | walk,
+        settings={**settings_of(trainer), **walk},
     )
     return seen[0]
 

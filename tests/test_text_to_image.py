@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,15 @@ from stepdistill.diffusion.saved import absent
 from stepdistill.diffusion.text import encode_prompts, joined
 from stepdistill.eval.images import load_images
 from stepdistill.run.errors import UserError
-from tests.text_models import bar_off, noise, stable_diffusion, stable_diffusion_3
+from tests.children import stepdistill
+from tests.helpers import dit_teacher
+from tests.text_models import (
+    bar_off,
+    noise,
+    stable_diffusion,
+    stable_diffusion_3,
+    stable_diffusion_xl,
+)
 
 CAPTIONS = ("a cat", "a dog", "a red hat")
 QUICK = ["steps=3", "batch_size=4", "log.tensorboard=false", "device=cpu", "optim.warmup_steps=0"]
@@ -34,8 +43,8 @@ QUICK += ["eval.every_steps=3", "eval.num=64", "eval.features=pixels"]
 QUICK += ["sample.every_steps=3", "sample.num=4", "sample.teacher_steps=2"]
 TRUSTED: dict = {"trust_remote_code": True}
 LABEL = Cond(torch.tensor([0]))
-MADE = {"sd": stable_diffusion, "sd3": stable_diffusion_3}
-both = pytest.mark.parametrize("name", MADE)
+MADE = {"sd": stable_diffusion, "sdxl": stable_diffusion_xl, "sd3": stable_diffusion_3}
+every = pytest.mark.parametrize("name", MADE)
 
 
 @pytest.fixture(scope="module")
@@ -63,25 +72,27 @@ def keys_of(world: Path, name: str, *more: str) -> list[str]:
 # The teacher --------------------------------------------------------------------------------------
 
 
-@both
+@every
 def test_embeddings_are_the_pipeline_s_own(name) -> None:
     pipe = MADE[name]()
     prompts = encode_prompts(pipe, CAPTIONS, batch_size=2)
+    more = {"sd": (), "sdxl": ("prompt_2",), "sd3": ("prompt_2", "prompt_3")}[name]
     found = pipe.encode_prompt(
         **{"prompt": "a dog", "device": "cpu", "num_images_per_prompt": 1},
-        **({"prompt_2": "a dog", "prompt_3": "a dog"} if name == "sd3" else {}),
+        **dict.fromkeys(more, "a dog"),
         do_classifier_free_guidance=True,
     )
     text, none = found[0], found[1]
     assert prompts.captions == CAPTIONS and prompts.rows.text is not None
     torch.testing.assert_close(prompts.rows.text[1], text[0], atol=1e-6, rtol=0)
     torch.testing.assert_close(prompts.rows.text[prompts.null], none[0], atol=1e-6, rtol=0)
-    if name == "sd3":
+    assert (prompts.rows.sizes is not None) is (name == "sdxl")
+    if name != "sd":
         torch.testing.assert_close(prompts.rows.pooled[1], found[2][0], atol=1e-6, rtol=0)
         torch.testing.assert_close(prompts.rows.pooled[3], found[3][0], atol=1e-6, rtol=0)
 
 
-@both
+@every
 def test_the_teacher_draws_what_its_pipeline_does_under_guidance(name, world) -> None:
     """Labels are prompts, latents are scaled as the pipeline's, guidance is by no prompt."""
     pipe = bar_off(DiffusionPipeline.from_pretrained(world / name, **absent(world / name)))
@@ -98,17 +109,17 @@ def test_the_teacher_draws_what_its_pipeline_does_under_guidance(name, world) ->
     ).images
     pipe.scheduler.set_timesteps(1)
     time = float(pipe.scheduler.timesteps[0])
-    t = torch.full((2,), (time + 1) / 1000 if name == "sd" else time / 1000)
+    t = torch.full((2,), time / 1000 if name == "sd3" else (time + 1) / 1000)
     with torch.no_grad():
         pred = guided(den, z, t, Cond(torch.tensor([1, 0])), 3.0)
     mine = (den.codec.decode(pred.x) / 2 + 0.5).clamp(0, 1)
     torch.testing.assert_close(mine, made, atol=2e-5, rtol=0)
 
 
-@both
+@every
 def test_pictures_come_back_from_their_latents_as_the_autoencoder_gives_them(name) -> None:
     pipe = MADE[name]()
-    den = Denoiser(pipe.unet if name == "sd" else pipe.transformer, RF(), "velocity")
+    den = Denoiser(pipe.transformer if name == "sd3" else pipe.unet, RF(), "velocity")
     codec = Codec(pipe.vae)
     x = noise(0, (2, 3, 16, 16)).tanh()
     latents = codec.encode(x)
@@ -152,6 +163,19 @@ def test_captions_of_pictures_and_of_a_file(world, tmp_path) -> None:
         train("dmd2-digits", keys)
 
 
+def test_latents_without_prompts_are_refused_before_the_training(world, tmp_path) -> None:
+    shutil.copytree(world / "sd", tmp_path / "dit")
+    net = dit_teacher().net
+    shutil.rmtree(tmp_path / "dit" / "unet")
+    net.save_pretrained(tmp_path / "dit" / "transformer")
+    index = json.loads((tmp_path / "dit" / "model_index.json").read_text())
+    index |= {"unet": [None, None], "transformer": ["diffusers", "DiTTransformer2DModel"]}
+    (tmp_path / "dit" / "model_index.json").write_text(json.dumps(index))
+    keys = keys_of(world, "sd", f"teacher={tmp_path / 'dit'}", f"run={tmp_path / 'r'}")
+    with pytest.raises(UserError, match="a model of latents that reads no prompts"):
+        train("dmd2-digits", keys)
+
+
 # Training and export ------------------------------------------------------------------------------
 
 
@@ -163,6 +187,7 @@ def students(world) -> dict[str, Path]:
     runs = {
         "sd-consistency": ("consistency-digits", "sd", ["guidance=3"]),
         "sd-dmd2": ("dmd2-digits", "sd", ["student_steps=2", "adversary=null", *blind]),
+        "sdxl-dmd": ("dmd-digits", "sdxl", [*blind, "student_steps=4", "lora={rank: 2}"]),
         "sd3-sid": ("sid-digits", "sd3", blind),
         "sd3-reflow": ("reflow-digits", "sd3", ["pairs.num=8", "pairs.steps=2", *blind]),
         "sd3-lora": ("consistency-digits", "sd3", ["lora={rank: 2}"]),
@@ -181,7 +206,9 @@ def test_runs_write_pictures_and_figures_of_pixels(students) -> None:
     assert '"fd-pixels' not in (students["sd3-sid"] / "log.jsonl").read_text()
 
 
-@pytest.mark.parametrize("name", ["sd-consistency", "sd-dmd2", "sd3-sid", "sd3-reflow", "sd3-lora"])
+@pytest.mark.parametrize(
+    "name", ["sd-consistency", "sd-dmd2", "sdxl-dmd", "sd3-sid", "sd3-reflow", "sd3-lora"]
+)
 def test_students_are_the_teacher_s_own_pipeline_in_fewer_steps(name, students, tmp_path) -> None:
     """In a clean interpreter, from prompts to pictures, on every grid; fresh noise too."""
     out = tmp_path / "out"
@@ -208,6 +235,23 @@ def test_flows_go_to_stock_schedulers_and_others_are_told_why_not(students, tmp_
     with pytest.raises(UserError, match="--stock: stock pipelines of prompts begin with noise"):
         export(students["sd-consistency"], tmp_path / "no", stock=True)
     assert not (tmp_path / "no").exists()
+
+
+def test_readme_s_commands_for_stable_diffusion(world, tmp_path) -> None:
+    """As README has them, in small: from captioned pictures to pictures of a prompt."""
+    few = ["steps=2", "batch_size=2", "data.size=16", "precision=fp32", "log.tensorboard=false"]
+    few += ["sample.every_steps=2", "sample.num=4", "sample.teacher_steps=2", "device=cpu"]
+    own = [f"teacher={world / 'sd'}", f"data.source={world / 'pictures'}", "run=runs/sd"]
+    commands = [
+        ["train", "consistency-sd", *own, *few],
+        ["export", "runs/sd", "--out", "out/sd"],
+        ["sample", "out/sd", "--prompt", "a red hat", "--steps", "4", "--guidance", "1"],
+    ]
+    commands[-1] += ["--out", "drawn", "--trust-remote-code"]
+    for command in commands:
+        done = stepdistill(*command, folder=tmp_path)
+        assert done.code == 0, done.err
+    assert len(list((tmp_path / "drawn").glob("0*.png"))) == 16
 
 
 def test_a_student_that_is_told_more_is_refused(world, tmp_path) -> None:

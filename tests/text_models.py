@@ -12,6 +12,7 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from torch import nn
@@ -70,6 +71,19 @@ def autoencoder(channels: int = 4, seed: int = 1, **keys: Any) -> AutoencoderKL:
         ).eval()
 
 
+def trailing() -> DDIMScheduler:
+    """Stable Diffusion's table, whose steps begin at pure noise."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=True,
+        timestep_spacing="trailing",
+        steps_offset=1,
+    )
+
+
 def stable_diffusion(seed: int = 2) -> StableDiffusionPipeline:
     """SD 1.x: latents of 8 by 8 cells, pictures of 16 by 16 pixels."""
     with seeded(seed):
@@ -83,24 +97,43 @@ def stable_diffusion(seed: int = 2) -> StableDiffusionPipeline:
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         )
-    scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=True,
-        timestep_spacing="trailing",
-        steps_offset=1,
-    )
     return StableDiffusionPipeline(
         vae=autoencoder(),
         text_encoder=text_encoder(),
         tokenizer=tokenizer(),
         unet=unet.eval(),
-        scheduler=scheduler,
+        scheduler=trailing(),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
+    )
+
+
+def stable_diffusion_xl(seed: int = 2) -> StableDiffusionXLPipeline:
+    """SDXL: as above, with two text encoders, and told the pictures' size."""
+    with seeded(seed):
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(16, 16),
+            layers_per_block=1,
+            cross_attention_dim=2 * WIDTH,
+            attention_head_dim=4,
+            norm_num_groups=4,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            addition_embed_type="text_time",
+            addition_time_embed_dim=4,
+            projection_class_embeddings_input_dim=6 * 4 + WIDTH,
+        )
+    return StableDiffusionXLPipeline(
+        vae=autoencoder(),
+        text_encoder=text_encoder(),
+        tokenizer=tokenizer(),
+        text_encoder_2=text_encoder(CLIPTextModelWithProjection, 5),
+        tokenizer_2=tokenizer(),
+        unet=unet.eval(),
+        scheduler=trailing(),
+        add_watermarker=False,
     )
 
 

@@ -21,11 +21,18 @@ def teacher_of(config: TrainConfig) -> Denoiser:
     """
     teacher = load_teacher(config.teacher)
     if not teacher.adapter.reads_text:
+        if teacher.codec is not None:
+            raise UserError(
+                f"teacher={config.teacher}: a model of latents that reads no prompts, whose "
+                "students cannot be exported yet; take one of pixels, or one that reads prompts"
+            )
         return teacher
     captions, folder = captions_of(config.data), pipeline_folder(teacher_path(config.teacher))
     try:
         _, key = read_index(folder / "model_index.json")
-        teacher.read(encode_prompts(read_parts(folder, key, teacher.net), captions))
+        vae = None if teacher.codec is None else teacher.codec.vae
+        pipe = read_parts(folder, {key: teacher.net, "vae": vae})
+        teacher.read(encode_prompts(pipe, captions))
     except ValueError as error:
         raise UserError(f"teacher={config.teacher}: {error}") from error
     return teacher

@@ -77,11 +77,6 @@ def export(
         command += f" --merge {merge} --share {share:g}"
     elif not figures:
         figures = logged_figures(run)
-    if trainer.teacher.codec is not None and trainer.teacher.prompts is None:
-        raise UserError(
-            f"{run}: a student of latents by class labels; exports of latents are of pipelines that "
-            "read prompts so far"
-        )
     literal = scheduler_of(trainer, default_steps(trainer, steps))
     scheduler, walk = stock_of(trainer, literal) if stock else (literal, {})
     card = student_card(trainer, literal, run, out, figures, command, scheduler, walk)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -56,9 +56,9 @@ def read_codec(folder: Path, index: dict[str, Any]) -> Codec | None:
     return Codec(read_network(folder, "vae", entry[1], torch.float32)) if entry[1] else None
 
 
-def read_parts(folder: Path, key: str, net: nn.Module) -> Any:
-    """A pipeline with its text encoders around a network that is there, without its autoencoder
-    and scheduler; no code that lies in the folder is run.
+def read_parts(folder: Path, given: Mapping[str, nn.Module | None]) -> Any:
+    """A pipeline with its text encoders around parts that are given, by name, such as its network;
+    without its scheduler. No code that lies in the folder is run.
 
     Raises:
         ValueError: a part that diffusers or transformers does not have, or that cannot be loaded.
@@ -76,8 +76,8 @@ def read_parts(folder: Path, key: str, net: nn.Module) -> Any:
         entry = index.get(name)
         if not isinstance(entry, list):
             parts |= {name: entry} if name in index else {}
-        elif name in (key, "vae", "scheduler") or not entry[1]:
-            parts[name] = net if name == key else None
+        elif name in given or name == "scheduler" or not entry[1]:
+            parts[name] = given.get(name)
         else:
             made = getattr(libraries.get(entry[0]), entry[1], None)
             if made is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -59,7 +59,8 @@ def encode_prompts(
         _rows(pipe, list(captions[start : start + batch_size]), device)
         for start in range(0, len(captions), batch_size)
     ]
-    return Prompts(captions, joined([*parts, _none(pipe, device)]))
+    rows = joined([*parts, _none(pipe, device)])
+    return Prompts(captions, replace(rows, sizes=_sizes(pipe, len(captions) + 1)))
 
 
 def _rows(pipe: Any, texts: list[str], device: str, sign: str = "") -> Cond:
@@ -80,6 +81,21 @@ def _rows(pipe: Any, texts: list[str], device: str, sign: str = "") -> Cond:
     if (second := found["second"]) is not None and len(second) != len(texts):
         found["second"] = second.movedim(0, 1)  # a row a prompt, then its layers
     return Cond(**{part: None if v is None else v.cpu() for part, v in found.items()})
+
+
+def _sizes(pipe: Any, count: int) -> Tensor | None:
+    """What a network is told of its pictures' size, of those that it makes by itself; None if it
+    is told nothing."""
+    net = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+    config: Any = getattr(net, "config", {})
+    side = float((config.get("sample_size") or 0) * getattr(pipe, "vae_scale_factor", 1))
+    if config.get("addition_embed_type") == "text_time":
+        row = [side, side, 0.0, 0.0, side, side]
+    elif config.get("use_additional_conditions"):
+        row = [side, side]
+    else:
+        return None
+    return torch.tensor(row).expand(count, -1).contiguous()
 
 
 def _none(pipe: Any, device: str) -> Cond:

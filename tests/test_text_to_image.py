@@ -224,6 +224,31 @@ def test_students_are_the_teacher_s_own_pipeline_in_fewer_steps(name, students, 
     assert load_images(tmp_path / "drawn").shape == (3, 3, 16, 16)
 
 
+def test_figures_are_of_the_reference_s_captions(students, world, tmp_path) -> None:
+    export(students["sd3-sid"], tmp_path / "out")
+    args = ["eval", "out", "--reference", str(world / "pictures"), "--steps", "1", "--num", "12"]
+    args += ["--guidance", "1", "--metrics", "fd,diversity", "--trust-remote-code"]
+    done = stepdistill(*args, "--teacher-steps", "2", folder=tmp_path)
+    assert done.code == 0, done.err
+    assert "pixels" in done.out and "teacher" in done.out
+    args[args.index(str(world / "pictures"))] = str(tmp_path / "loose")
+    (tmp_path / "loose").mkdir()
+    Image.new("RGB", (16, 16)).save(tmp_path / "loose" / "0.png")
+    done = stepdistill(*args, folder=tmp_path)
+    assert done.code == 2 and "has no captions, and StableDiffusion3Pipeline reads" in done.err
+
+
+def test_pairs_of_other_prompts_are_other_pairs(world, tmp_path) -> None:
+    """A store made of some prompts is not taken for one of as many others."""
+    (tmp_path / "others.txt").write_text("a cat\na dog\na blue hat\n")
+    few = ["pairs.num=8", "pairs.steps=2", "eval.every_steps=0", f"pairs.path={tmp_path / 'p'}"]
+    own = f"data.source={world / 'prompts.txt'}"
+    train("reflow-digits", keys_of(world, "sd3", own, *few, f"run={tmp_path / 'one'}"))
+    other = f"data.source={tmp_path / 'others.txt'}"
+    with pytest.raises(UserError, match="pairs of another plan"):
+        train("reflow-digits", keys_of(world, "sd3", other, *few, f"run={tmp_path / 'two'}"))
+
+
 def test_flows_go_to_stock_schedulers_and_others_are_told_why_not(students, tmp_path) -> None:
     assert export(students["sd3-reflow"], tmp_path / "stock", stock=True) < 1e-5
     card = (tmp_path / "stock" / "README.md").read_text()

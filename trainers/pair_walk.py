@@ -68,6 +68,7 @@ def plan_of(
         images=None if images is None else fingerprint(images),
         store=None if pairs.store == "fp32" else pairs.store,
         kept=kept_beside(config, teacher),
+        prompts=None if teacher.prompts is None else teacher.prompts.digest(),
     )
 
 

@@ -212,6 +212,9 @@ def eval(  # noqa: A001
         str, typer.Option(help="open_clip model/weights, or local-dir:FOLDER")
     ] = "ViT-B-32/laion2b_s34b_b79k",
     seed: Annotated[int, typer.Option(help="seed of the samples")] = 0,
+    guidance: Annotated[
+        float | None, typer.Option(help="classifier-free guidance; the pipeline's own if left out")
+    ] = None,
     teacher: Annotated[
         str | None, typer.Option(help="teacher for the rows beside; the card's own if left out")
     ] = None,
@@ -235,6 +238,7 @@ def eval(  # noqa: A001
         features=features,
         clip_model=clip_model,
         seed=seed,
+        guidance=guidance,
         teacher=teacher,
         teacher_steps=teacher_steps,
         batch_size=batch_size,

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+from torch import nn
+
 from stepdistill.data.images import DataConfig, open_data
 from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.diffusion.saved import pipeline_folder, read_index, read_parts
@@ -13,8 +16,9 @@ from stepdistill.run.errors import UserError
 from stepdistill.trainers.settings import TrainConfig
 
 
-def teacher_of(config: TrainConfig) -> Denoiser:
-    """The frozen teacher of a config; one that reads text knows the captions of its data.
+def teacher_of(config: TrainConfig, device: torch.device | str = "cpu") -> Denoiser:
+    """The frozen teacher of a config; one that reads text knows the captions of its data, which
+    its text encoders have read on a device.
 
     Raises:
         UserError: it cannot be found or understood, or there are no captions for it.
@@ -32,7 +36,11 @@ def teacher_of(config: TrainConfig) -> Denoiser:
         _, key = read_index(folder / "model_index.json")
         vae = None if teacher.codec is None else teacher.codec.vae
         pipe = read_parts(folder, {key: teacher.net, "vae": vae})
-        teacher.read(encode_prompts(pipe, captions))
+        own = (teacher.net, vae)
+        for part in pipe.components.values():
+            if isinstance(part, nn.Module) and part not in own:
+                part.to(device)
+        teacher.read(encode_prompts(pipe, captions, device=str(device)))
     except ValueError as error:
         raise UserError(f"teacher={config.teacher}: {error}") from error
     return teacher

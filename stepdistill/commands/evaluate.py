@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import sys
@@ -69,12 +70,13 @@ def evaluate(
     method: str | None = None,
     batch_size: int = 250,
     clip: ClipScorer | None = None,
+    guidance: float | None = None,
     trust_remote_code: bool = False,
 ) -> list[Row]:
     """Figures of a pipeline at each number of steps that it has, or of a folder of images.
 
     Numbers of steps that a few-step student was not trained for are left out; at least one must
-    remain.
+    remain. A pipeline that reads prompts is given the reference's captions in turn.
 
     Raises:
         UserError: bad input.
@@ -95,8 +97,10 @@ def evaluate(
             scale = pipe.config.get("default_guidance") or 1.0
             straight = straightness_of(target, seed, guidance=scale)
         small = seen_of(pipe, reference, num)
+        call = small.call | prompts_of(pipe, reference)
+        call |= {} if guidance is None else {"options": {"guidance_scale": guidance}}
         samples = {
-            n: generate(pipe, num, seed=seed, steps=n, batch_size=batch_size, **small.call)
+            n: generate(pipe, num, seed=seed, steps=n, batch_size=batch_size, **call)
             for n in chosen
         }
         more["real"] = small.real
@@ -144,6 +148,22 @@ def seen_of(pipe: Any, reference: Reference, num: int) -> Small:
     return Small(call | ({"labels": label.tolist()} if labelled else {}), real)
 
 
+def prompts_of(pipe: Any, reference: Reference) -> dict[str, Any]:
+    """The reference's captions for a pipeline that reads prompts; nothing for others.
+
+    Raises:
+        UserError: it has none.
+    """
+    if "prompt" not in inspect.signature(type(pipe).__call__).parameters:
+        return {}
+    if not reference.data.classes:
+        raise UserError(
+            f"--reference {reference.data.name}: has no captions, and {type(pipe).__name__} reads "
+            "prompts; name a folder with a metadata.jsonl of file_name and text"
+        )
+    return {"prompts": reference.data.classes}
+
+
 def straightness_of(target: str | Path, seed: int, *, guidance: float = 1.0) -> float:
     """Straightness of the paths of a pipeline that is a flow, from :data:`PATHS` noises.
 
@@ -151,6 +171,10 @@ def straightness_of(target: str | Path, seed: int, *, guidance: float = 1.0) -> 
         UserError: one of few steps, which knows no others, or of a process that is not known.
     """
     den = load_teacher(str(target), device_of(), key="straightness")
+    if den.adapter.reads_text:
+        raise UserError(
+            f"straightness={target}: its paths are those of prompts, and not known here"
+        )
     generator = torch.Generator().manual_seed(seed)
     z = torch.randn(PATHS, *den.sample_shape, generator=generator).to(device_of())
     count = len(den.classes)
@@ -222,6 +246,7 @@ def evaluate_command(
     features: str | None,
     clip_model: str,
     seed: int,
+    guidance: float | None,
     teacher: str | None,
     teacher_steps: int,
     batch_size: int,
@@ -253,7 +278,7 @@ def evaluate_command(
         "trust_remote_code": trust_remote_code,
     }
     beside, why = teacher_beside(target, teacher, trust_remote_code=trust_remote_code)
-    rows = evaluate(target, real, steps=counts, **common)
+    rows = evaluate(target, real, steps=counts, guidance=guidance, **common)
     teacher_rows: list[Row] = []
     if beside is None and target not in SHIPPED:
         print(f"stepdistill: {why}", file=sys.stderr)

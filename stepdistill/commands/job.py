@@ -24,7 +24,7 @@ def job(config: TrainConfig, fresh: Denoiser | None = None) -> Iterator[tuple[Pr
     try:
         if processes.device.type == "cpu":
             keep_freed_memory()
-        teacher = fresh or teacher_of(config)
+        teacher = fresh or teacher_of(config, processes.device)
         teacher.to(processes.device)
         if config.xformers:
             enable_xformers(teacher.net, processes.device)

@@ -10,6 +10,7 @@ import torch
 from stepdistill.adapters.cond import Cond
 from stepdistill.commands.export import finished
 from stepdistill.commands.report import Grid
+from stepdistill.commands.watch import pictures
 from stepdistill.eval.images import tiled, to_pil
 from stepdistill.eval.straightness import STEPS, flow_path, straightness
 
@@ -34,7 +35,8 @@ def paths(run: Path) -> list[Grid]:
         path, times = flow_path(den, z, trainer.top, cond, guidance=scale)
         told.append(f"{straightness(path, times):.4f} ({name})")
         rows.append(torch.stack(path[:: STEPS // (STATES - 1)], dim=1)[:SHOWN])
-    images = torch.stack(rows, dim=1).reshape(-1, *shape)  # by noise, then whose, then time
+    states = torch.stack(rows, dim=1).reshape(-1, *shape)  # by noise, then whose, then time
+    images = pictures(trainer, states)
     buffer = io.BytesIO()
     to_pil(tiled(images, STATES)).save(buffer, "PNG")
     caption = f"straightness {' and '.join(told)}, over {NOISES} noises; 0 for lines"

@@ -6,6 +6,7 @@ is that of no prompt. So whatever is drawn, kept, guided or dropped by label is 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -56,6 +57,17 @@ class Prompts:
         """What the table takes on a device."""
         found = (getattr(self.rows, name) for name in EMBEDDED)
         return sum(value.nbytes for value in found if value is not None)
+
+    def digest(self) -> str:
+        """Hash of the captions and of their embeddings."""
+        total = hashlib.sha256(json.dumps(self.captions).encode())
+        for name in EMBEDDED:
+            value: Tensor | None = getattr(self.rows, name)
+            if value is not None:
+                flat = value.contiguous().flatten().view(torch.uint8)
+                total.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+                total.update(flat.numpy().data)
+        return total.hexdigest()[:16]
 
     def fill(self, cond: Cond) -> Cond:
         """Conditions whose labels [B] are numbers of prompts with the embeddings in their place.

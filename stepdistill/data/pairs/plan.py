@@ -57,6 +57,7 @@ class PairPlan:
             drawn, and its image found by walking down.
         store: the type that images are kept in; None: fp32.
         kept: progress, falling, of the K states of the walk that are kept beside the image.
+        prompts: hash of the prompts that the labels stand for; None: they are classes.
     """
 
     teacher: str
@@ -72,6 +73,7 @@ class PairPlan:
     images: str | None = None
     store: Kept | None = None
     kept: tuple[float, ...] | None = None
+    prompts: str | None = None
 
     @property
     def held(self) -> tuple[int, ...]:

@@ -40,7 +40,7 @@ from tests.text_models import (
 CAPTIONS = ("a cat", "a dog", "a red hat")
 QUICK = ["steps=3", "batch_size=4", "log.tensorboard=false", "device=cpu", "optim.warmup_steps=0"]
 QUICK += ["eval.every_steps=3", "eval.num=64", "eval.features=pixels"]
-QUICK += ["sample.every_steps=3", "sample.num=4", "sample.teacher_steps=2"]
+QUICK += ["clip=null", "sample.every_steps=3", "sample.num=4", "sample.teacher_steps=2"]
 TRUSTED: dict = {"trust_remote_code": True}
 LABEL = Cond(torch.tensor([0]))
 MADE = {"sd": stable_diffusion, "sdxl": stable_diffusion_xl, "sd3": stable_diffusion_3}
@@ -161,6 +161,12 @@ def test_captions_of_pictures_and_of_a_file(world, tmp_path) -> None:
     keys = keys_of(world, "sd", f"run={tmp_path / 'r'}", f"data.source={loose}")
     with pytest.raises(UserError, match="has no captions, and the teacher reads prompts"):
         train("dmd2-digits", keys)
+    for key, line in (
+        ("clip=1", "clip=1: bounds pixels, and the teacher's are latents"),
+        ("data.degrade.factor=2", "a model of latents that is fed a picture beside its state"),
+    ):
+        with pytest.raises(UserError, match=line):
+            train("dmd2-digits", keys_of(world, "sd", f"run={tmp_path / 'r'}", key))
 
 
 def test_latents_without_prompts_are_refused_before_the_training(world, tmp_path) -> None:

@@ -31,6 +31,7 @@ def teacher_of(config: TrainConfig, device: torch.device | str = "cpu") -> Denoi
                 "students cannot be exported yet; take one of pixels, or one that reads prompts"
             )
         return teacher
+    refuse_pixels(config, teacher)
     captions, folder = captions_of(config.data), pipeline_folder(teacher_path(config.teacher))
     try:
         _, key = read_index(folder / "model_index.json")
@@ -44,6 +45,24 @@ def teacher_of(config: TrainConfig, device: torch.device | str = "cpu") -> Denoi
     except ValueError as error:
         raise UserError(f"teacher={config.teacher}: {error}") from error
     return teacher
+
+
+def refuse_pixels(config: TrainConfig, teacher: Denoiser) -> None:
+    """Refuse what is of pixels with a teacher of latents.
+
+    Raises:
+        UserError: a bound of pixels, or pictures beside the state.
+    """
+    if teacher.codec is not None and config.clip is not None:
+        raise UserError(
+            f"clip={config.clip:g}: bounds pixels, and the teacher's are latents, which have no "
+            "such bound; set clip=null"
+        )
+    if teacher.codec is not None and (teacher.beside or config.data.degrade is not None):
+        raise UserError(
+            f"teacher={config.teacher}: a model of latents that is fed a picture beside its state "
+            "is not known here; take one that reads prompts alone, and data.degrade=null"
+        )
 
 
 def captions_of(data: DataConfig) -> tuple[str, ...]:

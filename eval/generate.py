@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from stepdistill.diffusion.saved import absent, quiet
 from stepdistill.run.errors import UserError
 from stepdistill.run.rng import mix
 
+WALKS = "walks"  # by number of steps, what a stock pipeline is told beside it
 _WORD = (1 << 32) - 1
 _OWN = frozenset(  # what `generate` gives itself
     "self num_inference_steps output_type generator batch_size num_images prompt class_labels"
@@ -57,16 +60,11 @@ def generate(
     wanted = list(range(indices) if isinstance(indices, int) else indices)
     accepted = inspect.signature(type(pipeline).__call__).parameters
     name = type(pipeline).__name__
-    for option in options or {}:
-        if option not in accepted or option in _OWN:
-            raise UserError(f"{name}: {option} cannot be set; it takes {', '.join(accepted)}")
+    _refuse(name, accepted, options or {}, prompts, images)
     free = images is None or labels is not None  # a picture's class is not its place
     chosen = _labels(pipeline, accepted, wanted, labels) if free else None
-    for key, what, there in (("prompt", "prompts", prompts), ("image", "small pictures", images)):
-        if (key in accepted) != (there is not None and len(there) > 0):
-            raise UserError(f"{name} {'takes no' if key not in accepted else 'needs'} {what}")
     pipeline.set_progress_bar_config(disable=True)
-    parts = []
+    more, parts = _told(pipeline, accepted, steps) | dict(options or {}), []
     for start in range(0, len(wanted), batch_size):
         part = wanted[start : start + batch_size]
         call: dict[str, Any] = {"num_inference_steps": steps, "output_type": "pt"}
@@ -77,11 +75,65 @@ def generate(
         for key, rows in (("image", images), ("class_labels", chosen)):
             call |= {} if rows is None else {key: rows[start : start + batch_size]}
         try:
-            made = pipeline(**call, **(options or {})).images
+            with _handed_on(pipeline, call["generator"]):
+                made = pipeline(**call, **more)
         except ValueError as error:
             raise UserError(f"{name} refuses the call (steps={steps}): {error}") from error
-        parts.append(_as_tensor(made) * 2 - 1)
+        if not hasattr(made, "images"):
+            raise UserError(f"{name} makes no images, but {', '.join(made)}")
+        parts.append(_as_tensor(made.images) * 2 - 1)
     return torch.cat(parts)
+
+
+def _refuse(
+    name: str,
+    accepted: Mapping[str, inspect.Parameter],
+    options: Mapping[str, object],
+    prompts: Sequence[str] | None,
+    images: Tensor | None,
+) -> None:
+    """Refuse what a pipeline does not take, and the lack of what it needs."""
+    for option in options:
+        if option not in accepted or option in _OWN:
+            raise UserError(f"{name}: {option} cannot be set; it takes {', '.join(accepted)}")
+    for key, what, there in (("prompt", "prompts", prompts), ("image", "small pictures", images)):
+        given = there is not None and len(there) > 0
+        if given and key not in accepted:
+            raise UserError(f"{name} takes no {what}")
+        if not given and key in accepted and accepted[key].default is inspect.Parameter.empty:
+            raise UserError(f"{name} needs {what}")
+    if "prompt" in accepted and not prompts:
+        raise UserError(f"{name} needs prompts")
+
+
+def _told(pipeline: Any, accepted: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """What a few-step student of prompts is called with besides: no guidance, and its levels.
+
+    Raises:
+        UserError: a number of steps whose levels are not known.
+    """
+    walks: dict[str, dict[str, Any]] = getattr(pipeline, WALKS, {})
+    if walks and str(steps) not in walks:
+        raise UserError(f"steps={steps}: this student samples in {', '.join(walks)} steps")
+    few = bool(walks) or pipeline.scheduler.config.get("grids") is not None
+    alone = {"guidance_scale": 1.0} if few and {"prompt", "guidance_scale"} <= {*accepted} else {}
+    return alone | walks.get(str(steps), {})
+
+
+@contextmanager
+def _handed_on(pipeline: Any, generators: list[torch.Generator]) -> Iterator[None]:
+    """A pipeline's scheduler draws from the samples' generators, where its class gives it none."""
+    scheduler = pipeline.scheduler
+    takes = "generator" in inspect.signature(scheduler.step).parameters
+    if not takes or "prompt" not in inspect.signature(type(pipeline).__call__).parameters:
+        yield
+        return
+    step = scheduler.step
+    scheduler.step = lambda *args, **keys: step(*args, **({"generator": generators} | keys))
+    try:
+        yield
+    finally:
+        del scheduler.step
 
 
 def load_pipeline(
@@ -123,6 +175,8 @@ def load_pipeline(
         reason = lines[0] if lines else type(error).__name__
         where = "" if folder.is_dir() else ", which is no folder here"
         raise UserError(f"cannot load the pipeline {path}{where}: {reason}") from error
+    if (folder / f"{WALKS}.json").is_file():
+        setattr(pipeline, WALKS, json.loads((folder / f"{WALKS}.json").read_text()))
     return pipeline.to(device)
 
 

@@ -186,7 +186,7 @@ class LiteralGridScheduler(SchedulerMixin, ConfigMixin):
             return_dict: False returns the pair (next state, clean estimate).
 
         Returns:
-            The next state and the clean estimate, both [B, C, H, W] in fp32.
+            The next state, in the state's own type, and the clean estimate in fp32, [B, C, H, W].
 
         Raises:
             ValueError: the walk is over.
@@ -206,6 +206,7 @@ class LiteralGridScheduler(SchedulerMixin, ConfigMixin):
             after = self._rows[self._step_index]
             moved = after["alpha"] * x + after["sigma"] * self._noise(z, generator)
             self._before = (x_t, z - x) if self.config.noise == "heun" else None
+        moved = moved.to(sample.dtype)  # of half precision, where a pipeline's states are
         if not return_dict:
             return moved, x
         return LiteralGridOutput(prev_sample=moved, pred_original_sample=x)

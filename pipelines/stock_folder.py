@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from stepdistill.run.errors import UserError
 from stepdistill.run.files import whole_folder
 
 SCHEDULER = "scheduler"
+PICKLED = shutil.ignore_patterns("*.bin", "*.ckpt", "*.pt", "*.pth", "*.msgpack", "*.h5", "*.onnx")
 
 
 def write_stock(
@@ -26,6 +27,7 @@ def write_stock(
     scheduler: Any,
     *,
     card: str,
+    walks: Mapping[int, Mapping[str, Any]] | None = None,
     overwrite: bool = False,
     check: Callable[[Path], None] | None = None,
 ) -> Path:
@@ -38,6 +40,7 @@ def write_stock(
         module: the student's network, of the same class.
         scheduler: a :class:`LiteralGridScheduler`, whose file travels along, or a stock one.
         card: text of README.md.
+        walks: what a call is told beside each number of steps, such as sigmas; kept in walks.json.
         overwrite: replace a pipeline folder that is already there.
         check: is shown the folder before it takes its place; what it raises leaves ``out`` alone.
 
@@ -57,11 +60,13 @@ def write_stock(
         for name, entry in index.items():
             part = isinstance(entry, list) and len(entry) == 2 and entry[1]
             if part and name not in (key, SCHEDULER):
-                shutil.copytree(source / name, folder / name)
+                shutil.copytree(source / name, folder / name, ignore=PICKLED)
         saved.save_pretrained(folder / key, safe_serialization=True)
         scheduler.save_pretrained(folder / SCHEDULER)
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(card, encoding="utf-8")
+        if walks:
+            (folder / "walks.json").write_text(json.dumps(walks) + "\n", encoding="utf-8")
         _tidy(folder / key)
         if check is not None:
             check(folder)

@@ -11,6 +11,7 @@ from PIL import Image
 
 from stepdistill.data.emoji import captions_of
 from stepdistill.data.images import DataConfig, open_data
+from stepdistill.run.errors import UserError
 from tests.children import stepdistill
 
 ROWS = (
@@ -66,6 +67,25 @@ def test_captions_are_the_classes_of_a_captioned_folder(package, tmp_path) -> No
     assert labels.tolist() == [0, 2, 1]
     assert images[0, :, 10, 10].tolist() == [1, -1, -1]  # red
     assert torch.equal(images[0, :, 60, 10], torch.ones(3))  # white, where nothing is
+
+
+def test_a_folder_of_the_user_s_is_not_overwritten(package, tmp_path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    args = ["data", "emoji", "--from", str(package), "--out", "mine", "--overwrite"]
+    done = stepdistill(*args, folder=tmp_path)
+    assert done.code == 2 and "no set that this command has made" in done.err
+    assert (tmp_path / "mine" / "letter.txt").read_text() == "dear"
+
+
+def test_captions_are_names_and_stand_alone(tmp_path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    table = tmp_path / "metadata.jsonl"
+    table.write_text('{"file_name": "0.png", "text": "1984"}')
+    assert open_data(DataConfig(source=str(tmp_path))).classes == ("1984",)
+    table.write_text('{"file_name": "0.png", "text": "a cat", "label": 3}')
+    with pytest.raises(UserError, match="metadata.jsonl:1: has both a label and a text"):
+        open_data(DataConfig(source=str(tmp_path)))
 
 
 def test_names_that_say_the_same_are_one_caption() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
+from safetensors.torch import load_file
 
 from stepdistill.adapters.cond import Cond
 from stepdistill.commands.equip import captions_of, teacher_of
@@ -22,9 +23,11 @@ from stepdistill.diffusion.codec import Codec
 from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.diffusion.guidance import guided
 from stepdistill.diffusion.process import RF
+from stepdistill.diffusion.prompts import Prompts
 from stepdistill.diffusion.sampler import sample
 from stepdistill.diffusion.saved import absent
 from stepdistill.diffusion.text import encode_prompts, joined
+from stepdistill.eval.generate import generate
 from stepdistill.eval.images import load_images
 from stepdistill.run.errors import UserError
 from tests.children import stepdistill
@@ -226,8 +229,15 @@ def test_students_are_the_teacher_s_own_pipeline_in_fewer_steps(name, students, 
     assert made.shape == (1, 3, 16, 16) and bool(made.isfinite().all())
     card = (out / "README.md").read_text()
     assert 'pipe("a cat", num_inference_steps=' in card and "guidance_scale=1).images" in card
-    draw(str(out), tmp_path / "drawn", steps=steps, num=3, prompts=CAPTIONS, **TRUSTED)
-    assert load_images(tmp_path / "drawn").shape == (3, 3, 16, 16)
+    for folder in ("drawn", "again"):
+        draw(str(out), tmp_path / folder, steps=steps, num=3, prompts=CAPTIONS, **TRUSTED)
+    images = load_images(tmp_path / "drawn")
+    assert images.shape == (3, 3, 16, 16)  # without guidance, and by the samples' own seeds
+    assert torch.equal(images, load_images(tmp_path / "again"))
+    alone = generate(pipe, [2], seed=0, steps=steps, prompts=CAPTIONS)
+    torch.testing.assert_close(images[2:], alone, atol=0.01, rtol=0)
+    half = pipe.to(torch.bfloat16)("a cat", num_inference_steps=steps, output_type="pt").images
+    assert bool(half.isfinite().all())
 
 
 def test_figures_are_of_the_reference_s_captions(students, world, tmp_path) -> None:
@@ -257,6 +267,7 @@ def test_pairs_of_other_prompts_are_other_pairs(world, tmp_path) -> None:
 
 def test_flows_go_to_stock_schedulers_and_others_are_told_why_not(students, tmp_path) -> None:
     assert export(students["sd3-reflow"], tmp_path / "stock", stock=True) < 1e-5
+    export(students["sd3-reflow"], tmp_path / "own")
     card = (tmp_path / "stock" / "README.md").read_text()
     assert "sigmas=[" in card and "trust_remote_code" not in card
     pipe = bar_off(
@@ -285,10 +296,52 @@ def test_readme_s_commands_for_stable_diffusion(world, tmp_path) -> None:
     assert len(list((tmp_path / "drawn").glob("0*.png"))) == 16
 
 
-def test_a_student_that_is_told_more_is_refused(world, tmp_path) -> None:
-    run = train("lcm-digits", keys_of(world, "sd", f"run={tmp_path / 'run'}"))
-    with pytest.raises(UserError, match="a stock pipeline tells a network its time alone"):
+@pytest.mark.parametrize(
+    ("config", "keys", "line"),
+    [
+        ("lcm-digits", [], "a stock pipeline tells a network its time alone"),
+        ("phased_dmd-digits", ["adversary=null"], "a stock pipeline holds one network of a kind"),
+        ("reflow-digits", ["pairs.invert=true"], "pairs.invert: pairs of pictures are of pixels"),
+    ],
+)
+def test_what_cannot_be_exported_is_not_trained(config, keys, line, world, tmp_path) -> None:
+    with pytest.raises(UserError, match=line):
+        train(config, keys_of(world, "sd", f"run={tmp_path / 'run'}", *keys))
+
+
+def test_a_run_keeps_its_prompts(world, tmp_path) -> None:
+    """What is exported, or goes on, has the embeddings of its beginning, and no others."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\na dog\n")
+    keys = keys_of(world, "sd", f"data.source={prompts}", "eval.every_steps=0", "adversary=null")
+    run = train("dmd2-digits", [*keys, f"run={tmp_path / 'run'}"])
+    kept = Prompts.load(run / "prompts.safetensors")
+    assert kept.captions == ("a cat", "a dog")
+    assert torch.equal(finished(run).teacher.prompts.rows.text, kept.rows.text)
+    prompts.write_text("a cat\na cow\n")
+    with pytest.raises(UserError, match="has other captions than when .* began"):
         export(run, tmp_path / "out")
+
+
+def test_a_safety_checker_is_left_out_and_pickles_are_not_read(world, tmp_path) -> None:
+    """Stable Diffusion's own index names a checker of a library that is diffusers' pipeline's."""
+    folder = tmp_path / "sd"
+    shutil.copytree(world / "sd", folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    keys = keys_of(world, "sd", f"teacher={folder}", "run=r")
+    assert teacher_of(read_config("consistency-digits", keys)[1]).classes == CAPTIONS
+    weights = folder / "text_encoder" / "model.safetensors"
+    torch.save(load_file(weights), weights.with_name("pytorch_model.bin"))
+    weights.unlink()
+    with pytest.raises(UserError, match="its text_encoder cannot be loaded"):
+        teacher_of(read_config("consistency-digits", keys)[1])
+    shutil.rmtree(folder / "text_encoder")
+    index["text_encoder"] = [None, None]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="its prompts cannot be read"):
+        teacher_of(read_config("consistency-digits", keys)[1])
 
 
 def test_an_exported_flow_is_the_teacher_of_the_next_round(students, world, tmp_path) -> None:

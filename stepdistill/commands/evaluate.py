@@ -6,7 +6,7 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from stepdistill.eval.classifier import RECIPES
 from stepdistill.eval.clip import ClipScorer, class_captions
 from stepdistill.eval.features import load_features
 from stepdistill.eval.fid import CleanFid
-from stepdistill.eval.generate import class_count, generate, load_pipeline
+from stepdistill.eval.generate import WALKS, class_count, generate, load_pipeline
 from stepdistill.eval.images import load_images
 from stepdistill.eval.runner import METRICS, Reference, Row
 from stepdistill.eval.runner import evaluate as figures_of
@@ -97,15 +97,12 @@ def evaluate(
             scale = pipe.config.get("default_guidance") or 1.0
             straight = straightness_of(target, seed, guidance=scale)
         small = seen_of(pipe, reference, num)
-        call = small.call | prompts_of(pipe, reference)
-        call |= {} if guidance is None else {"options": {"guidance_scale": guidance}}
-        samples = {
-            n: generate(pipe, num, seed=seed, steps=n, batch_size=batch_size, **call)
-            for n in chosen
-        }
+        call = small.call | prompts_of(pipe, reference) | scaled(guidance)
+        keys: dict[str, Any] = {"seed": seed, "batch_size": batch_size, **call}
+        samples = {n: generate(pipe, num, steps=n, **keys) for n in chosen}
         more["real"] = small.real
         if "clip" in metrics:
-            more["captions"] = class_captions(pipe.config.get("classes") or (), num)
+            more["captions"] = captions_for(pipe, call, num)
         seen = seed
     rows = figures_of(
         samples,
@@ -146,6 +143,17 @@ def seen_of(pipe: Any, reference: Reference, num: int) -> Small:
     call: dict[str, Any] = {"images": low / 2 + 0.5}
     labelled = class_count(pipe) and reference.data.classes
     return Small(call | ({"labels": label.tolist()} if labelled else {}), real)
+
+
+def captions_for(pipe: Any, call: Mapping[str, Any], num: int) -> Sequence[str]:
+    """What samples are to show: their prompts, or their classes in words."""
+    prompts: Sequence[str] | None = call.get("prompts")
+    return prompts or class_captions(pipe.config.get("classes") or (), num)
+
+
+def scaled(guidance: float | None) -> dict[str, Any]:
+    """How samples are guided; nothing where the pipeline knows by itself."""
+    return {} if guidance is None else {"options": {"guidance_scale": guidance}}
 
 
 def prompts_of(pipe: Any, reference: Reference) -> dict[str, Any]:
@@ -217,7 +225,7 @@ def teacher_beside(
 
 def available(pipe: Any, steps: Sequence[int], title: str) -> list[int]:
     """Those numbers of steps that a pipeline can sample in."""
-    grids = pipe.scheduler.config.get("grids") or pipe.config.get("walks")
+    grids = pipe.scheduler.config.get("grids") or pipe.config.get(WALKS) or getattr(pipe, WALKS, {})
     if not grids:
         return list(steps)
     chosen = [n for n in steps if str(n) in grids]

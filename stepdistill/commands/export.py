@@ -233,7 +233,7 @@ def finished(run: Path) -> Trainer:
     config = config.model_copy(
         update={"lora": None, "gradient_checkpointing": False, "student": None}
     )
-    trainer = cls(config, teacher_of(config))
+    trainer = cls(config, teacher_of(config.model_copy(update={"run": run})))
     trainer.prepare(config.steps)
     for name, player in trainer.players.items():
         if name.startswith("student"):

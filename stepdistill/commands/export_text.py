@@ -68,7 +68,15 @@ def export_text(
         seen.append(found)
 
     write_stock(
-        out, source, key, den.plain(), scheduler, card=card, overwrite=overwrite, check=check
+        out,
+        source,
+        key,
+        den.plain(),
+        scheduler,
+        card=card,
+        walks=walks,
+        overwrite=overwrite,
+        check=check,
     )
     return seen[0]
 

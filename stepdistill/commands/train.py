@@ -7,6 +7,8 @@ from contextlib import closing
 from pathlib import Path
 
 from stepdistill.commands.check_fit import check_fit
+from stepdistill.commands.equip import keep_prompts
+from stepdistill.commands.export_text import only_network
 from stepdistill.commands.job import job
 from stepdistill.commands.pairs import Source as PairSource
 from stepdistill.commands.read import read_config
@@ -53,6 +55,10 @@ def fit(cls: type[Trainer], config: TrainConfig, fresh: Denoiser | None = None) 
             wrap=processes.wrap,
             autocast=processes.autocast,
         )
+        if teacher.prompts is not None:
+            only_network(trainer)  # else it could be trained, and not exported
+            if processes.main:
+                keep_prompts(teacher, config.run)
         with closing(Watch(config, main=processes.main)) as watch:
             watch.prepare(trainer)
             source = Source(trainer, processes, watch)

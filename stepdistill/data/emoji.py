@@ -65,6 +65,7 @@ def read_list(source: Path) -> list[dict[str, Any]]:
         found = [row for row in rows if (source / PICTURES / row["image"]).is_file()]
         found.sort(key=lambda row: (row["sort_order"], row["image"]))
         named = all(isinstance(row["name"], str) and row["short_names"] for row in found)
+        named = named and all(isinstance(row["category"], str) for row in found)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"--from {source}: no emoji-datasource-twitter there ({type(error).__name__} at "
@@ -87,8 +88,15 @@ def captions_of(row: dict[str, Any]) -> Iterator[str]:
 
 
 def on_white(file: Path) -> Image.Image:
-    """A picture in RGB, white where it is transparent."""
-    with Image.open(file) as image:
-        rgba = image.convert("RGBA")
+    """A picture in RGB, white where it is transparent.
+
+    Raises:
+        UserError: it is broken.
+    """
+    try:
+        with Image.open(file) as image:
+            rgba = image.convert("RGBA")
+    except (OSError, SyntaxError) as error:
+        raise UserError(f"--from: {file} is broken ({error}); unpack the package again") from error
     ground = Image.new("RGBA", rgba.size, "white")
     return Image.alpha_composite(ground, rgba).convert("RGB")

@@ -19,6 +19,10 @@ _MOST_CLASSES = 1_000_000
 _Row = tuple[str, str | int | None]
 
 
+class Caption(str):
+    """A name that is never read as a number."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """Files of a folder, their labels (0 where there are none) and the class names by label."""
@@ -103,13 +107,14 @@ def _from_metadata(table: Path) -> Layout:
 
 def _number_labels(table: Path, values: list[str | int]) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """Whole numbers are kept as they are; names are numbered by letter."""
-    if all(isinstance(value, int) or value.isdecimal() for value in values):
+    numbers = (isinstance(v, int) or (v.isdecimal() and type(v) is str) for v in values)
+    if all(numbers):
         labels = tuple(int(value) for value in values)
         for label in (min(labels), max(labels)):
             if not 0 <= label < _MOST_CLASSES:
                 raise UserError(f"{table}: label {label} is out of range; number classes from 0")
         return labels, tuple(str(label) for label in range(max(labels) + 1))
-    names = [str(value) for value in values]
+    names = [str(value) for value in values]  # plain ones, of captions too
     classes = sorted(set(names), key=_class_order)
     number = {name: label for label, name in enumerate(classes)}
     return tuple(number[name] for name in names), tuple(classes)
@@ -125,10 +130,12 @@ def _jsonl_rows(table: Path) -> Iterator[_Row]:
             raise UserError(f"{table}:{number}: not JSON ({error})") from error
         if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
             raise UserError(f"{table}:{number}: needs a text file_name")
-        label = row.get("label", row.get("text"))
+        label, text = row.get("label"), row.get("text")
         if not isinstance(label, (str, int, type(None))):
             raise UserError(f"{table}:{number}: label must be a name or a whole number")
-        yield row["file_name"], label
+        if not isinstance(text, (str, type(None))):
+            raise UserError(f"{table}:{number}: text must be a caption")
+        yield row["file_name"], _one_of(f"{table}:{number}", label, text)
 
 
 def _csv_rows(table: Path) -> Iterator[_Row]:
@@ -138,7 +145,19 @@ def _csv_rows(table: Path) -> Iterator[_Row]:
     for row in reader:
         if not row["file_name"]:
             raise UserError(f"{table}:{reader.line_num}: needs a file_name")
-        yield row["file_name"], row.get("label") or row.get("text") or None
+        where = f"{table}:{reader.line_num}"
+        yield row["file_name"], _one_of(where, row.get("label") or None, row.get("text") or None)
+
+
+def _one_of(where: str, label: str | int | None, text: str | None) -> str | int | None:
+    """The label of a row, or its caption.
+
+    Raises:
+        UserError: it has both.
+    """
+    if label is not None and text is not None:
+        raise UserError(f"{where}: has both a label and a text; keep the one that is meant")
+    return label if text is None else Caption(text)
 
 
 def _text(table: Path) -> str:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+AT_ONCE = 8  # pictures, of which large ones take much memory
+
 
 class Codec:
     """A frozen autoencoder of diffusers, with its latents' scale and shift; it goes to the device
@@ -35,6 +37,9 @@ class Codec:
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
         """Latents [B, c, *s] fp32 of pictures [B, C, *S] in [-1, 1]: the posterior's mode."""
+        return torch.cat([self._encoded(part) for part in x.split(AT_ONCE)])
+
+    def _encoded(self, x: Tensor) -> Tensor:
         net: Any = self.vae.to(x.device)
         made = net.encode(x.to(self.dtype))
         if hasattr(made, "latent_dist"):
@@ -47,8 +52,11 @@ class Codec:
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures [B, C, *S] fp32, about in [-1, 1], of latents [B, c, *s]."""
         net: Any = self.vae.to(latents.device)
-        raw = self._raw(latents.float())
-        return net.decode(raw.to(self.dtype), return_dict=False)[0].float()  # type: ignore[no-any-return]
+        parts = [
+            net.decode(self._raw(part.float()).to(self.dtype), return_dict=False)[0].float()
+            for part in latents.split(AT_ONCE)
+        ]
+        return torch.cat(parts)
 
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the latents of a picture (C, *S), found by coding one."""

@@ -277,7 +277,7 @@ class Denoiser(Branch):
         """
         folder = pipeline_folder(source)
         index, key = read_index(folder / "model_index.json")
-        if index.get("walks"):
+        if index.get("walks") or (folder / "walks.json").is_file():
             raise ValueError(
                 f"{folder}: a student of few steps on a stock scheduler, which is no teacher; "
                 "export it without --stock if its method makes flows"

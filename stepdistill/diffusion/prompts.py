@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from stepdistill.adapters.cond import Cond
@@ -53,21 +53,11 @@ class Prompts:
         """The embeddings where they were made."""
         return self.kept[torch.device("cpu")]
 
-    def bytes(self) -> int:
-        """What the table takes on a device."""
-        found = (getattr(self.rows, name) for name in EMBEDDED)
-        return sum(value.nbytes for value in found if value is not None)
-
     def digest(self) -> str:
-        """Hash of the captions and of their embeddings."""
-        total = hashlib.sha256(json.dumps(self.captions).encode())
-        for name in EMBEDDED:
-            value: Tensor | None = getattr(self.rows, name)
-            if value is not None:
-                flat = value.contiguous().flatten().view(torch.uint8)
-                total.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-                total.update(flat.numpy().data)
-        return total.hexdigest()[:16]
+        """Hash of captions and of their embeddings' kinds; on other machines digits differ."""
+        found = ((name, getattr(self.rows, name)) for name in EMBEDDED)
+        kinds = [(name, list(value.shape[1:])) for name, value in found if value is not None]
+        return hashlib.sha256(json.dumps([self.captions, kinds]).encode()).hexdigest()[:16]
 
     def fill(self, cond: Cond) -> Cond:
         """Conditions whose labels [B] are numbers of prompts with the embeddings in their place.
@@ -89,15 +79,15 @@ class Prompts:
         own = {name: getattr(told, name) for name in EMBEDDED}
         return replace(cond, label=None, **own)
 
-    def save(self, file: Path) -> None:
-        """Write captions and embeddings to a safetensors file."""
+    def dump(self) -> bytes:
+        """Captions and embeddings as a safetensors file."""
         found = {name: getattr(self.rows, name) for name in EMBEDDED}
         kept = {name: value.contiguous() for name, value in found.items() if value is not None}
-        save_file(kept, file, metadata={"captions": json.dumps(self.captions)})
+        return save(kept, metadata={"captions": json.dumps(self.captions)})
 
     @classmethod
     def load(cls, file: Path) -> Prompts:
-        """Read what :meth:`save` wrote.
+        """Read what :meth:`dump` gave.
 
         Raises:
             ValueError: another file.

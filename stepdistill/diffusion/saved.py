@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from stepdistill.diffusion.codec import Codec
@@ -19,6 +20,7 @@ from stepdistill.diffusion.process import EDM, RF, VP, Process
 NETWORK_KEYS = ("transformer", "unet", "model")
 HEAD_NAMES = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}  # by diffusers' types
 EDM_HEADS = {"epsilon": "edm-f", "v_prediction": "trig-f"}  # of diffusers' EDM schedulers
+ENCODERS = ("text_encoder", "tokenizer")  # how the parts that read prompts are called
 NEAR = 1e-3  # relative: numbers of a scheduler that are one and the same
 
 
@@ -58,7 +60,7 @@ def read_codec(folder: Path, index: dict[str, Any]) -> Codec | None:
 
 def read_parts(folder: Path, given: Mapping[str, nn.Module | None]) -> Any:
     """A pipeline with its text encoders around parts that are given, by name, such as its network;
-    without its scheduler. No code that lies in the folder is run.
+    what else it has is left out. No code that lies in the folder is run.
 
     Raises:
         ValueError: a part that diffusers or transformers does not have, or that cannot be loaded.
@@ -76,14 +78,14 @@ def read_parts(folder: Path, given: Mapping[str, nn.Module | None]) -> Any:
         entry = index.get(name)
         if not isinstance(entry, list):
             parts |= {name: entry} if name in index else {}
-        elif name in given or name == "scheduler" or not entry[1]:
+        elif not name.startswith(ENCODERS) or not entry[1]:
             parts[name] = given.get(name)
         else:
             made = getattr(libraries.get(entry[0]), entry[1], None)
             if made is None:
                 raise ValueError(f"{folder}: its {name} is a {'.'.join(entry)}, not known here")
             parts[name] = _loaded(made, folder, name)
-    return cls(**parts)
+    return cls(**parts | {k: False for k in ("requires_safety_checker",) if k in parts})
 
 
 def _loaded(cls: Any, folder: Path, name: str) -> Any:
@@ -94,8 +96,10 @@ def _loaded(cls: Any, folder: Path, name: str) -> Any:
     """
     try:
         with quiet():
-            part = cls.from_pretrained(folder / name)
-    except (OSError, ValueError, TypeError, ImportError, KeyError) as error:
+            module = isinstance(cls, type) and issubclass(cls, nn.Module)
+            own = {"use_safetensors": True} if module else {}
+            part = cls.from_pretrained(folder / name, **own)
+    except (OSError, ValueError, TypeError, ImportError, KeyError, SafetensorError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{folder}: its {name} cannot be loaded: {first}") from error
     return part.float() if isinstance(part, nn.Module) else part

@@ -70,6 +70,9 @@ def _rows(pipe: Any, texts: list[str], device: str, sign: str = "") -> Cond:
     keys |= {k: 1 for k in ("num_images_per_prompt", "num_videos_per_prompt") if k in takes}
     for other in ("prompt_2", "prompt_3", "prompt_4"):
         keys |= {other: texts} if other in takes else {}
+    for k, own in inspect.signature(type(pipe).__call__).parameters.items():
+        if k in takes and k not in keys and own.default not in (None, inspect.Parameter.empty):
+            keys[k] = own.default  # as a user's call has it
     if "do_classifier_free_guidance" in takes:
         keys["do_classifier_free_guidance"] = bool(sign)
     made = pipe.encode_prompt(**keys)
@@ -91,7 +94,10 @@ def _sizes(pipe: Any, count: int) -> Tensor | None:
     side = float((config.get("sample_size") or 0) * getattr(pipe, "vae_scale_factor", 1))
     if config.get("addition_embed_type") == "text_time":
         row = [side, side, 0.0, 0.0, side, side]
-    elif config.get("use_additional_conditions"):
+    elif "use_additional_conditions" in config and (
+        config["use_additional_conditions"]
+        or (config["use_additional_conditions"] is None and config.get("sample_size") == 128)
+    ):
         row = [side, side]
     else:
         return None
@@ -122,9 +128,19 @@ def joined(parts: Sequence[Cond]) -> Cond:
         values = [value for part in parts if (value := getattr(part, name)) is not None]
         if not values:
             continue
+        if name == "mask" and len(values) < len(parts):  # some have none, since all are tokens
+            values = [
+                torch.ones(part.text.shape[:2], dtype=values[0].dtype) if value is None else value
+                for part in parts
+                if part.text is not None
+                for value in [part.mask]
+            ]
         if name in ("text", "mask"):
             longest = max(value.shape[1] for value in values)
-            if parts[0].mask is None and len({value.shape[1] for value in values}) > 1:
+            if (
+                all(part.mask is None for part in parts)
+                and len({value.shape[1] for value in values}) > 1
+            ):
                 raise ValueError("prompts have embeddings of several lengths, and no mask")
             values = [_longer(value, longest, 1) for value in values]
         out[name] = torch.cat(values)

@@ -119,7 +119,13 @@ def fresh_network(config: DenoisingConfig, classes: tuple[str, ...]) -> Denoiser
         UserError: an unknown class, or arguments that it refuses or that do not fit the classes.
     """
     with building(config.network, config.seed) as made:
-        return wrap_network(made(), config, classes)
+        net = made()
+        if adapter_for(net).reads_text:
+            raise UserError(
+                f"network.type={config.network.type}: reads prompts, and is trained from scratch "
+                "by no command here; take UNet2DModel or DiTTransformer2DModel"
+            )
+        return wrap_network(net, config, classes)
 
 
 @contextmanager

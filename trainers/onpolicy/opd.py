@@ -120,6 +120,7 @@ class OPDTrainer(Trainer):
             den = load_teacher(name).to(self.device)
         except UserError as error:
             raise UserError(f"more_teachers: {error}") from error
+        den.read(self.teacher.prompts)
         same = den.sample_shape == self.teacher.sample_shape
         if not same or len(den.classes) != len(self.teacher.classes):
             raise UserError(

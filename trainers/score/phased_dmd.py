@@ -166,6 +166,7 @@ class PhasedDMDTrainer(Matching):
                 "adversary.features=critic"
             )
         low = load_teacher(c.teacher_low, self.device, key="teacher_low")
+        low.read(self.teacher.prompts)
         low.requires_grad_(False)
         if c.gradient_checkpointing and can_recompute(low.net):
             recomputed(low)

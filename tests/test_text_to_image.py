@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,8 @@ def test_joined_rows_are_filled_up_where_a_mask_shows_it() -> None:
     short, long = (Cond(text=torch.ones(1, k, 2), mask=torch.ones(1, k)) for k in (2, 3))
     both_rows = joined([short, long])
     assert both_rows.mask.tolist() == [[1, 1, 0], [1, 1, 1]]
+    bare = joined([replace(short, mask=None), long])  # all of its entries are tokens
+    assert bare.mask.tolist() == [[1, 1, 0], [1, 1, 1]]
     with pytest.raises(ValueError, match="embeddings of several lengths, and no mask"):
         joined([Cond(text=short.text), Cond(text=long.text)])
 
@@ -319,7 +322,7 @@ def test_a_run_keeps_its_prompts(world, tmp_path) -> None:
     assert kept.captions == ("a cat", "a dog")
     assert torch.equal(finished(run).teacher.prompts.rows.text, kept.rows.text)
     prompts.write_text("a cat\na cow\n")
-    with pytest.raises(UserError, match="has other captions than when .* began"):
+    with pytest.raises(UserError, match="^data.source=.*has other captions than when .* began"):
         export(run, tmp_path / "out")
 
 

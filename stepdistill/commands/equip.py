@@ -46,6 +46,8 @@ def teacher_of(config: TrainConfig, device: torch.device | str = "cpu") -> Denoi
             teacher.read(kept_prompts(file, captions, config))
         else:
             teacher.read(read_prompts(teacher, config.teacher, captions, device))
+    except UserError:
+        raise
     except (ValueError, TypeError, AttributeError, KeyError, OSError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"teacher={config.teacher}: its prompts cannot be read: {first}") from error

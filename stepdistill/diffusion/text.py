@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -81,8 +81,8 @@ def _rows(pipe: Any, texts: list[str], device: str, sign: str = "") -> Cond:
     found = {part: named.get(sign + part) for part in EMBEDDED}
     if isinstance(found["text"], list):  # a tensor a prompt, as long as it is
         found["text"], found["mask"] = _filled(found["text"])
-    if (second := found["second"]) is not None and len(second) != len(texts):
-        found["second"] = second.movedim(0, 1)  # a row a prompt, then its layers
+    if (second := found["second"]) is not None:  # HiDream's, whose layers come first
+        found["second"] = second.movedim(0, 1)
     return Cond(**{part: None if v is None else v.cpu() for part, v in found.items()})
 
 
@@ -94,14 +94,12 @@ def _sizes(pipe: Any, count: int) -> Tensor | None:
     side = float((config.get("sample_size") or 0) * getattr(pipe, "vae_scale_factor", 1))
     if config.get("addition_embed_type") == "text_time":
         row = [side, side, 0.0, 0.0, side, side]
-    elif "use_additional_conditions" in config and (
-        config["use_additional_conditions"]
-        or (config["use_additional_conditions"] is None and config.get("sample_size") == 128)
-    ):
-        row = [side, side]
+    elif "use_additional_conditions" in config:
+        told = config["use_additional_conditions"]
+        row = [side, side] if told or (told is None and config.get("sample_size") == 128) else []
     else:
-        return None
-    return torch.tensor(row).expand(count, -1).contiguous()
+        row = []
+    return torch.tensor(row).expand(count, -1).contiguous() if row else None
 
 
 def _none(pipe: Any, device: str) -> Cond:
@@ -123,28 +121,24 @@ def joined(parts: Sequence[Cond]) -> Cond:
     Raises:
         ValueError: texts of several lengths without a mask.
     """
+    if any(part.mask is not None for part in parts):  # some have none, since all are tokens
+        parts = [part if part.mask is not None else _whole(part) for part in parts]
+    elif len({part.text.shape[1] for part in parts if part.text is not None}) > 1:
+        raise ValueError("prompts have embeddings of several lengths, and no mask")
     out: dict[str, Tensor] = {}
-    for name in (field.name for field in fields(Cond)):
+    for name in EMBEDDED:
         values = [value for part in parts if (value := getattr(part, name)) is not None]
-        if not values:
-            continue
-        if name == "mask" and len(values) < len(parts):  # some have none, since all are tokens
-            values = [
-                torch.ones(part.text.shape[:2], dtype=values[0].dtype) if value is None else value
-                for part in parts
-                if part.text is not None
-                for value in [part.mask]
-            ]
-        if name in ("text", "mask"):
+        if name in ("text", "mask") and values:
             longest = max(value.shape[1] for value in values)
-            if (
-                all(part.mask is None for part in parts)
-                and len({value.shape[1] for value in values}) > 1
-            ):
-                raise ValueError("prompts have embeddings of several lengths, and no mask")
             values = [_longer(value, longest, 1) for value in values]
-        out[name] = torch.cat(values)
+        out |= {name: torch.cat(values)} if values else {}
     return Cond(**out)
+
+
+def _whole(part: Cond) -> Cond:
+    """Rows whose entries are all tokens, with the mask that says so."""
+    assert part.text is not None
+    return replace(part, mask=torch.ones(part.text.shape[:2], dtype=torch.bool))
 
 
 def _longer(value: Tensor, length: int, axis: int) -> Tensor:

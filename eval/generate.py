@@ -18,7 +18,7 @@ from stepdistill.diffusion.saved import absent, quiet
 from stepdistill.run.errors import UserError
 from stepdistill.run.rng import mix
 
-WALKS = "walks"  # by number of steps, what a stock pipeline is told beside it
+TOLD = "told"  # by number of steps, what a stock pipeline is told beside it, in walks.json
 _WORD = (1 << 32) - 1
 _OWN = frozenset(  # what `generate` gives itself
     "self num_inference_steps output_type generator batch_size num_images prompt class_labels"
@@ -112,7 +112,7 @@ def _told(pipeline: Any, accepted: Mapping[str, Any], steps: int) -> dict[str, A
     Raises:
         UserError: a number of steps whose levels are not known.
     """
-    walks: dict[str, dict[str, Any]] = getattr(pipeline, WALKS, {})
+    walks: dict[str, dict[str, Any]] = getattr(pipeline, TOLD, {})
     if walks and str(steps) not in walks:
         raise UserError(f"steps={steps}: this student samples in {', '.join(walks)} steps")
     few = bool(walks) or pipeline.scheduler.config.get("grids") is not None
@@ -175,8 +175,8 @@ def load_pipeline(
         reason = lines[0] if lines else type(error).__name__
         where = "" if folder.is_dir() else ", which is no folder here"
         raise UserError(f"cannot load the pipeline {path}{where}: {reason}") from error
-    if (folder / f"{WALKS}.json").is_file():
-        setattr(pipeline, WALKS, json.loads((folder / f"{WALKS}.json").read_text()))
+    if (walks := folder / "walks.json").is_file():
+        setattr(pipeline, TOLD, json.loads(walks.read_text(encoding="utf-8")))
     return pipeline.to(device)
 
 

@@ -116,7 +116,7 @@ def draw_folder(
             "call": dict(call) if call is not None else _call(labels, seeds, low),
             "walks": {str(n): dict(told) for n, told in (walks or {}).items()},
             "threads": torch.get_num_threads(),
-            "absent": [*absent(out), *checker_of(out)],
+            "absent": unloaded(out),
             "images": str(images),
         }
         task.write_text(json.dumps(order), encoding="utf-8")
@@ -135,10 +135,14 @@ def draw_folder(
         return {int(name): tensor for name, tensor in load_file(images).items()}
 
 
-def checker_of(out: Path) -> list[str]:
-    """What a pipeline has that blackens pictures, which are to be compared as they are."""
-    index = json.loads((out / "model_index.json").read_text(encoding="utf-8"))
-    return ["safety_checker"] if (index.get("safety_checker") or [None])[0] else []
+def unloaded(out: Path) -> list[str]:
+    """Parts that a pipeline is loaded without: those that it was saved without, and a checker that
+    blackens pictures, which are to be compared as they are."""
+    file = out / "model_index.json"
+    if not file.is_file():
+        return []
+    checker = json.loads(file.read_text(encoding="utf-8")).get("safety_checker") or [None]
+    return [*absent(out), *(["safety_checker"] if checker[0] else [])]
 
 
 def _call(labels: Sequence[int] | None, seeds: Sequence[int], low: Tensor | None) -> dict[str, Any]:

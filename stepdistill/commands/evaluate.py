@@ -23,7 +23,7 @@ from stepdistill.eval.classifier import RECIPES
 from stepdistill.eval.clip import ClipScorer, class_captions
 from stepdistill.eval.features import load_features
 from stepdistill.eval.fid import CleanFid
-from stepdistill.eval.generate import WALKS, class_count, generate, load_pipeline
+from stepdistill.eval.generate import TOLD, class_count, generate, load_pipeline
 from stepdistill.eval.images import load_images
 from stepdistill.eval.runner import METRICS, Reference, Row
 from stepdistill.eval.runner import evaluate as figures_of
@@ -225,7 +225,9 @@ def teacher_beside(
 
 def available(pipe: Any, steps: Sequence[int], title: str) -> list[int]:
     """Those numbers of steps that a pipeline can sample in."""
-    grids = pipe.scheduler.config.get("grids") or pipe.config.get(WALKS) or getattr(pipe, WALKS, {})
+    grids = (
+        pipe.scheduler.config.get("grids") or pipe.config.get("walks") or getattr(pipe, TOLD, {})
+    )
     if not grids:
         return list(steps)
     chosen = [n for n in steps if str(n) in grids]

@@ -115,7 +115,8 @@ def _told(pipeline: Any, accepted: Mapping[str, Any], steps: int) -> dict[str, A
     walks: dict[str, dict[str, Any]] = getattr(pipeline, TOLD, {})
     if walks and str(steps) not in walks:
         raise UserError(f"steps={steps}: this student samples in {', '.join(walks)} steps")
-    few = bool(walks) or pipeline.scheduler.config.get("grids") is not None
+    scheduler = getattr(pipeline, "scheduler", None)
+    few = bool(walks) or (scheduler is not None and scheduler.config.get("grids") is not None)
     alone = {"guidance_scale": 1.0} if few and {"prompt", "guidance_scale"} <= {*accepted} else {}
     return alone | walks.get(str(steps), {})
 
@@ -123,12 +124,15 @@ def _told(pipeline: Any, accepted: Mapping[str, Any], steps: int) -> dict[str, A
 @contextmanager
 def _handed_on(pipeline: Any, generators: list[torch.Generator]) -> Iterator[None]:
     """A pipeline's scheduler draws from the samples' generators, where its class gives it none."""
-    scheduler = pipeline.scheduler
-    takes = "generator" in inspect.signature(scheduler.step).parameters
-    if not takes or "prompt" not in inspect.signature(type(pipeline).__call__).parameters:
+    scheduler: Any = getattr(pipeline, "scheduler", None)
+    step = getattr(scheduler, "step", None)
+    if (
+        step is None
+        or "generator" not in inspect.signature(step).parameters
+        or "prompt" not in inspect.signature(type(pipeline).__call__).parameters
+    ):
         yield
         return
-    step = scheduler.step
     scheduler.step = lambda *args, **keys: step(*args, **({"generator": generators} | keys))
     try:
         yield

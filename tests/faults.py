@@ -45,7 +45,7 @@ def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
 
 
 def _teacher(number: float) -> None:
-    from stepdistill.commands import job
+    from stepdistill.commands import equip
 
     def load(original: Any, *args: Any) -> Any:
         teacher, passes = original(*args), []
@@ -59,7 +59,7 @@ def _teacher(number: float) -> None:
         teacher.net.register_forward_hook(spoil)
         return teacher
 
-    _wrap(job, "load_teacher", load)
+    _wrap(equip, "load_teacher", load)
 
 
 def _image(number: float) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,6 +21,7 @@ from stepdistill.diffusion.process import RF, Process
 from stepdistill.diffusion.prompts import Prompts
 from stepdistill.diffusion.sampler import Sampled, first_state, full, move, sample
 from stepdistill.diffusion.timesteps import Grid
+from stepdistill.run.rng import seeded
 from tests.helpers import batch_of, make, noise
 
 ENGINES = {
@@ -97,14 +97,6 @@ class Family:
         return noise(seed, (batch, *self.shape))
 
 
-@contextmanager
-def seeded(seed: int = 0) -> Iterator[None]:
-    """Global random numbers from a seed while open."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
-
-
 def walk(
     den: Sampled, z: Tensor, grid: Grid, cond: Cond, null: Cond | None = None, scale: float = 1.0
 ) -> Tensor:
@@ -152,6 +144,17 @@ class Knowing(nn.Module):
         """The answer, whatever is asked."""
         self.told = kwargs | dict(enumerate(args))
         return (self.out,)
+
+
+def from_stock(family: Family, stock: Callable[..., tuple[Any, Tensor]], scale: float) -> float:
+    """How far our walk is from what a stock pipeline draws, on its own levels and conditions."""
+    net, z = family.net(), family.noise()
+    cond, null = family.conditions(), family.conditions(seed=9)
+    pipe, theirs = stock(net, z, cond, null, scale)
+    ours = walk(family.denoiser(net), z, sigmas(pipe), cond, null if scale > 1 else None, scale)
+    found = difference(ours, theirs)
+    print(f"{family.name} at {scale}: {found:.1e}")
+    return found
 
 
 def told_time(told: dict[Any, Any]) -> Tensor:

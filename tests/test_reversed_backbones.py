@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.adapters.cond import Cond
-from tests.prompted import CHECKS, ENGINES, Family, difference, quiet, sigmas, train, walk
+from tests.prompted import CHECKS, ENGINES, Family, from_stock, quiet, train
 
 LUMINA2 = Family(
     "Lumina2Transformer2DModel",
@@ -167,17 +167,7 @@ def hidream(net: Any, z: Tensor, cond: Cond, null: Cond, scale: float) -> tuple[
     [(LUMINA2, lumina2), (Z_IMAGE, z_image), (HIDREAM, hidream), (HIDREAM_WIDE, hidream)],
 )
 def test_the_stock_pipeline_draws_the_same(family: Family, stock: Any, scale: float) -> None:
-    net, z, cond, null = (
-        family.net(),
-        family.noise(),
-        family.conditions(),
-        family.conditions(seed=9),
-    )
-    pipe, theirs = stock(net, z, cond, null, scale)
-    ours = walk(family.denoiser(net), z, sigmas(pipe), cond, null if scale > 1 else None, scale)
-    found = difference(ours, theirs)
-    print(f"{family.name} at {scale}: {found:.1e}")
-    assert found < 1e-4
+    assert from_stock(family, stock, scale) < 1e-4
 
 
 def test_hidream_trains_its_routed_experts() -> None:

@@ -33,8 +33,8 @@ from stepdistill.eval.images import load_images
 from stepdistill.run.errors import UserError
 from tests.children import stepdistill
 from tests.helpers import dit_teacher
+from tests.prompted import quiet
 from tests.text_models import (
-    bar_off,
     noise,
     stable_diffusion,
     stable_diffusion_3,
@@ -99,7 +99,7 @@ def test_embeddings_are_the_pipeline_s_own(name) -> None:
 @every
 def test_the_teacher_draws_what_its_pipeline_does_under_guidance(name, world) -> None:
     """Labels are prompts, latents are scaled as the pipeline's, guidance is by no prompt."""
-    pipe = bar_off(DiffusionPipeline.from_pretrained(world / name, **absent(world / name)))
+    pipe = quiet(DiffusionPipeline.from_pretrained(world / name, **absent(world / name)))
     config = read_config("consistency-digits", keys_of(world, name, "run=r"))[1]
     den = teacher_of(config)
     assert den.classes == CAPTIONS and den.null_label == 3 and den.codec is not None
@@ -225,7 +225,7 @@ def test_students_are_the_teacher_s_own_pipeline_in_fewer_steps(name, students, 
     """In a clean interpreter, from prompts to pictures, on every grid; fresh noise too."""
     out = tmp_path / "out"
     assert export(students[name], out) < 1e-5
-    pipe = bar_off(DiffusionPipeline.from_pretrained(out, trust_remote_code=True, **absent(out)))
+    pipe = quiet(DiffusionPipeline.from_pretrained(out, trust_remote_code=True, **absent(out)))
     assert type(pipe) is type(MADE[name.partition("-")[0]]())
     steps = max(finished(students[name]).grids())
     made = pipe("a red hat", num_inference_steps=steps, guidance_scale=1.0, output_type="pt").images
@@ -273,7 +273,7 @@ def test_flows_go_to_stock_schedulers_and_others_are_told_why_not(students, tmp_
     export(students["sd3-reflow"], tmp_path / "own")
     card = (tmp_path / "stock" / "README.md").read_text()
     assert "sigmas=[" in card and "trust_remote_code" not in card
-    pipe = bar_off(
+    pipe = quiet(
         DiffusionPipeline.from_pretrained(tmp_path / "stock", **absent(tmp_path / "stock"))
     )
     pipe("a cat", num_inference_steps=2, guidance_scale=1.0, sigmas=[1.0, 0.75])

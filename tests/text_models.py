@@ -168,12 +168,6 @@ def stable_diffusion_3(seed: int = 2) -> StableDiffusion3Pipeline:
     )
 
 
-def bar_off(pipe: Any) -> Any:
-    """The pipeline without its progress bar."""
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 def noise(seed: int, shape: tuple[int, ...]) -> torch.Tensor:
     """Standard normal numbers."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from stepdistill.data.images import DataConfig, open_data
+from stepdistill.data.layout import read_layout
 from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.diffusion.prompts import Prompts
 from stepdistill.diffusion.saved import pipeline_folder, read_index, read_parts
@@ -121,7 +122,8 @@ def captions_of(data: DataConfig) -> tuple[str, ...]:
     """
     if (lines := prompts_in(data.source)) is not None:
         return lines
-    captions = open_data(data).classes
+    folder = Path(data.source).expanduser()  # whose pictures are opened when they are wanted
+    captions = read_layout(folder).classes if folder.is_dir() else open_data(data).classes
     if not captions:
         raise UserError(
             f"data.source={data.source} has no captions, and the teacher reads prompts; give the "

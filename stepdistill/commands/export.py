@@ -13,18 +13,17 @@ from torch import Tensor
 from stepdistill.adapters import scalars
 from stepdistill.adapters.cond import Cond
 from stepdistill.commands.equip import teacher_of
-from stepdistill.commands.export_text import export_text, only_network, usage
+from stepdistill.commands.export_text import export_text, kept_from, only_network, usage, walked
 from stepdistill.commands.read import read_config
 from stepdistill.data.degrade import raised
 from stepdistill.diffusion.denoiser import Denoiser, Experts, Routed
-from stepdistill.diffusion.sampler import sample
 from stepdistill.diffusion.saved import absent, pipeline_folder, stock_config
 from stepdistill.diffusion.timesteps import Grid
 from stepdistill.pipelines.card import model_card
 from stepdistill.pipelines.folder import refuse_taken, write_pipeline
 from stepdistill.pipelines.literal_grid import LiteralGridScheduler
 from stepdistill.pipelines.stock import stock_scheduler
-from stepdistill.pipelines.verify import VerificationError, noise_from_seeds, verify_folder
+from stepdistill.pipelines.verify import noise_from_seeds, verify_folder
 from stepdistill.run.assets import teacher_path
 from stepdistill.run.errors import UserError
 from stepdistill.run.log import read_rows
@@ -160,10 +159,8 @@ def stock_of(trainer: Trainer, literal: LiteralGridScheduler) -> tuple[Any, dict
 
 def proven(trainer: Trainer, folder: Path, out: Path, tolerance: float) -> float:
     """The largest difference of :func:`check`; what it refuses is not written to ``out``."""
-    try:
+    with kept_from(out):
         return check(trainer, folder, tolerance)
-    except VerificationError as error:
-        raise VerificationError(f"{out} was not written: {error}") from error
 
 
 def student_card(
@@ -374,15 +371,7 @@ def check(trainer: Trainer, out: Path, tolerance: float) -> float:
     expected: dict[int, Tensor] = {}
     for n, grid in trainer.grids().items():
         draws = noise_from_seeds(SEEDS, trainer.teacher.sample_shape, n)
-        expected[n] = sample(
-            den,
-            draws[0],
-            grid,
-            cond,
-            noise=trainer.noise,
-            fresh=draws.__getitem__,
-            clip=trainer.config.clip,
-        )
+        expected[n] = walked(trainer, grid, cond, draws)
     return verify_folder(out, expected, labels, SEEDS, tolerance, low)
 
 

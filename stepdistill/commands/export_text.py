@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from stepdistill.adapters.cond import Cond
 from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.diffusion.sampler import sample
 from stepdistill.diffusion.saved import pipeline_folder, read_index
+from stepdistill.diffusion.timesteps import Grid
 from stepdistill.pipelines.stock_folder import write_stock
 from stepdistill.pipelines.verify import VerificationError, noise_from_seeds, verify_folder
 from stepdistill.run.assets import teacher_path
@@ -61,10 +63,8 @@ def export_text(
         prompts = [den.classes[place % len(den.classes)] for place in range(len(SEEDS))]
         pictures = expected(trainer, den, index["_class_name"])
         call = {"prompt": prompts, "guidance_scale": scale_of(den)}
-        try:
+        with kept_from(out):
             found = verify_folder(folder, pictures, None, SEEDS, tolerance, call=call, walks=walks)
-        except VerificationError as error:
-            raise VerificationError(f"{out} was not written: {error}") from error
         seen.append(found)
 
     write_stock(
@@ -120,17 +120,30 @@ def expected(trainer: Trainer, den: Denoiser, pipeline: str) -> dict[int, Tensor
             generator = torch.Generator().manual_seed(SEEDS[0])
             more = [torch.randn(draws[0].shape, generator=generator) for _ in draws[1:]]
             draws = [draws[0], *more]
-        latents = sample(
-            den,
-            draws[0],
-            grid,
-            cond,
-            noise=trainer.noise,
-            fresh=draws.__getitem__,
-            clip=trainer.config.clip,
-        )
-        found[steps] = den.codec.decode(latents)
+        found[steps] = den.codec.decode(walked(trainer, grid, cond, draws))
     return found
+
+
+def walked(trainer: Trainer, grid: Grid, cond: Cond, draws: Sequence[Tensor]) -> Tensor:
+    """What the training sampler makes of given noise: the first, and one for each further step."""
+    return sample(
+        trainer.best(),
+        draws[0],
+        grid,
+        cond,
+        noise=trainer.noise,
+        fresh=draws.__getitem__,
+        clip=trainer.config.clip,
+    )
+
+
+@contextmanager
+def kept_from(out: Path) -> Iterator[None]:
+    """What refuses a folder says that it was not written to ``out``."""
+    try:
+        yield
+    except VerificationError as error:
+        raise VerificationError(f"{out} was not written: {error}") from error
 
 
 def hands_on(pipeline: str) -> bool:
